@@ -11,7 +11,6 @@ Pure data: frozen, validated on construction, no tensors. What a user asks for b
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vptq.entry import read_fields
+from vptq.entry import read_fields, write_fields
 from vptq.errors import ConfigError
 
 MAX_CENTROIDS = 65536
@@ -199,21 +198,7 @@ class LayerConfig:
 
     def to_entry(self) -> dict[str, Any]:
         """The on-disk entry: exactly the keys that every published reader accepts."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "vector_lens": [self.outlier_vector_len or -1, self.vector_len],
-            "num_centroids": [self.outlier_num_centroids or -1, self.num_centroids],
-            "num_res_centroids": [-1, self.num_residual_centroids or -1],
-            "group_num": self.num_groups,
-            "group_size": self.group_size,
-            "outlier_size": self.outlier_size,
-            "indices_as_float": self.indices_as_float,
-            "enable_norm": self.enable_norm,
-            "enable_perm": self.enable_perm,
-            "is_indice_packed": self.is_packed,
-            "bias": self.bias,
-        }
+        return write_fields(self)
 
 
 def tensor_specs(config: LayerConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -294,6 +279,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
+        skip = self.modules_to_not_convert
         return {
             "quant_method": "vptq",
             "config_for_layers": {path: layer.to_entry() for path, layer in self.layers.items()},

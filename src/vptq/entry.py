@@ -1,4 +1,4 @@
-"""Reading one layer's entry of `quantization_config`, in every dialect the published versions wrote.
+"""One layer's entry of `quantization_config`: written in one dialect, read in every one ever published.
 
 The format says "none" as -1, as null or by leaving the key out, pairs outlier and main values in lists, and carries
 keys that only one branch of one version understood. All of that ends here: what comes out are plain keyword arguments
@@ -8,9 +8,12 @@ for `vptq.config.LayerConfig`, which alone decides whether the values make sense
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vptq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vptq.config import LayerConfig
 
 
 def read_fields(entry: Mapping[str, Any], in_features: int | None, out_features: int | None) -> dict[str, Any]:
@@ -54,6 +57,25 @@ def read_fields(entry: Mapping[str, Any], in_features: int | None, out_features:
         "is_packed": _flag(entry, "is_indice_packed"),
         "indices_as_float": _flag(entry, "indices_as_float"),
         "bias": _flag(entry, "bias"),
+    }
+
+
+def write_fields(config: LayerConfig) -> dict[str, Any]:
+    """The on-disk entry of a layer: exactly the keys that every published reader accepts."""
+    return {
+        "in_features": config.in_features,
+        "out_features": config.out_features,
+        "vector_lens": [config.outlier_vector_len or -1, config.vector_len],
+        "num_centroids": [config.outlier_num_centroids or -1, config.num_centroids],
+        "num_res_centroids": [-1, config.num_residual_centroids or -1],
+        "group_num": config.num_groups,
+        "group_size": config.group_size,
+        "outlier_size": config.outlier_size,
+        "indices_as_float": config.indices_as_float,
+        "enable_norm": config.enable_norm,
+        "enable_perm": config.enable_perm,
+        "is_indice_packed": config.is_packed,
+        "bias": config.bias,
     }
 
 
