@@ -284,9 +284,7 @@ class QuantConfig:
             "quant_method": "vptq",
             "config_for_layers": {path: layer.to_entry() for path, layer in self.layers.items()},
             "shared_layer_config": {tail: layer.to_entry() for tail, layer in self.shared_layers.items()},
-            "modules_to_not_convert": None
-            if self.modules_to_not_convert is None
-            else list(self.modules_to_not_convert),
+            "modules_to_not_convert": skip if skip is None else list(skip),
             "enable_proxy_error": False,
         }
 

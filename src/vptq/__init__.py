@@ -1,0 +1,1 @@
+"""Vector post-training quantization of language models."""
