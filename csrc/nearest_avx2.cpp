@@ -1,0 +1,13 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "nearest.h"
+
+#define VPTQ_TARGET "avx2,fma"
+#define VPTQ_ISA avx2
+#define VPTQ_LANES 8
+#define VPTQ_TILE 4
+#include "target_begin.h"
+#include "nearest_body.h"
+#include "target_end.h"
+#endif
