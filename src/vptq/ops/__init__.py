@@ -1,0 +1,155 @@
+"""The operators: `linear`, `dequantize` and `nearest`, the same on every device.
+
+Each is one `torch.library` schema (`vptq::linear`, ...) with a PyTorch implementation for every device and faster ones
+where a backend has them; see `schemas` for the contract, `backends` for the choice. The functions here give them
+types, defaults and documentation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vptq.ops import dense, search
+from vptq.ops.backends import BackendStatus, backends
+
+__all__ = ["BackendStatus", "backends", "dequantize", "linear", "nearest"]
+
+# The implementations stand behind the schemas; the names keep a linter from calling them unused.
+_ = (dense, search)
+
+
+def dequantize(
+    codebook: Tensor,
+    indices: Tensor,
+    residual_codebook: Tensor | None = None,
+    residual_indices: Tensor | None = None,
+    outlier_codebook: Tensor | None = None,
+    outlier_indices: Tensor | None = None,
+    perm: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    weight_bias: Tensor | None = None,
+    *,
+    in_features: int,
+    out_features: int,
+    vector_len: int,
+    outlier_vector_len: int = 0,
+) -> Tensor:
+    """The dense weight of a layer, bit for bit what the format means.
+
+    Args:
+        codebook: [G, K * v] in the layer's float dtype.
+        indices: Packed int32 [G, R, words], holding both stages; or unpacked int16 [G, R, S].
+        residual_codebook: [G, Kr * v], or None.
+        residual_indices: int16 [G, R, S] when `indices` is unpacked, else None.
+        outlier_codebook: [1, Ko * vo], or None.
+        outlier_indices: int16 [1, Ro, L], or None.
+        perm: int16 or int64 [in_features], or None.
+        weight_scale: [in_features], or None.
+        weight_bias: [in_features], or None.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        vector_len: v.
+        outlier_vector_len: vo; 0 without outliers.
+
+    Returns:
+        [out_features, in_features] in the codebook's dtype.
+    """
+    result: Tensor = torch.ops.vptq.dequantize.default(
+        codebook,
+        indices,
+        residual_codebook,
+        residual_indices,
+        outlier_codebook,
+        outlier_indices,
+        perm,
+        weight_scale,
+        weight_bias,
+        in_features,
+        out_features,
+        vector_len,
+        outlier_vector_len,
+    )
+    return result
+
+
+def linear(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    residual_codebook: Tensor | None = None,
+    residual_indices: Tensor | None = None,
+    outlier_codebook: Tensor | None = None,
+    outlier_indices: Tensor | None = None,
+    perm: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    weight_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    out_features: int,
+    vector_len: int,
+    outlier_vector_len: int = 0,
+) -> Tensor:
+    """x W^T + bias with the weight that `dequantize` describes.
+
+    Args:
+        x: [..., in_features] in the codebook's dtype.
+        codebook: This and the following as for `dequantize`.
+        indices: See there.
+        residual_codebook: See there.
+        residual_indices: See there.
+        outlier_codebook: See there.
+        outlier_indices: See there.
+        perm: See there.
+        weight_scale: See there.
+        weight_bias: See there.
+        bias: [out_features], or None.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        vector_len: v.
+        outlier_vector_len: vo; 0 without outliers.
+
+    Returns:
+        [..., out_features] in the codebook's dtype.
+
+    Raises:
+        ConfigError: `x` has the wrong width or dtype.
+    """
+    result: Tensor = torch.ops.vptq.linear.default(
+        x,
+        codebook,
+        indices,
+        residual_codebook,
+        residual_indices,
+        outlier_codebook,
+        outlier_indices,
+        perm,
+        weight_scale,
+        weight_bias,
+        bias,
+        in_features,
+        out_features,
+        vector_len,
+        outlier_vector_len,
+    )
+    return result
+
+
+def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
+    """The nearest centroids of every vector in squared Euclidean distance: exhaustive, deterministic.
+
+    Args:
+        vectors: float32 [N, v]; N may be 0.
+        codebook: float32 [K, v].
+        beam: How many centroids per vector, 1..K.
+
+    Returns:
+        Indices int64 [N, beam] by rising distance, equal distances by rising index; and float32 distances
+        |x - c|^2 of the same shape.
+
+    Raises:
+        ConfigError: Shapes, dtypes or `beam` do not fit (RuntimeError from the C++ kernel).
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.vptq.nearest.default(vectors, codebook, beam)
+    return result

@@ -1,0 +1,94 @@
+"""The operators' schemas and fakes: what every backend implements, and what compilers see of it.
+
+One schema per job, declared here once; backends only add implementations to it, so the dispatcher picks the kernel and
+no code asks which device it is on. `Library.define` and `Library.impl` rather than `torch.library.custom_op`: the
+latter costs twice the overhead per call, and a 7B model makes 224 calls a token.
+
+The tensors are those of `vptq.config.tensor_specs`, in its dtypes (so int32 indices are packed, int16 ones are not);
+an absent tensor is None. Sizes that the shapes imply are not passed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.errors import ConfigError
+
+_STORED = (
+    "Tensor codebook, Tensor indices, Tensor? residual_codebook, Tensor? residual_indices, "
+    "Tensor? outlier_codebook, Tensor? outlier_indices, Tensor? perm, Tensor? weight_scale, Tensor? weight_bias"
+)
+_SIZES = "int in_features, int out_features, int vector_len, int outlier_vector_len"
+
+# Kept alive for the process: the registrations go when the object does.
+LIBRARY: Any = torch.library.Library("vptq", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"dequantize({_STORED}, {_SIZES}) -> Tensor")
+LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}) -> Tensor")
+LIBRARY.define("nearest(Tensor vectors, Tensor codebook, int beam=1) -> (Tensor, Tensor)")
+
+OPERATORS = ("dequantize", "linear", "nearest")
+
+
+def check_input(x: Tensor, codebook: Tensor, in_features: int) -> None:
+    """What a linear layer demands of its input.
+
+    Raises:
+        ConfigError: The input has the wrong width or dtype.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ConfigError(
+            f"the input has shape {tuple(x.shape)}; its last dimension must be in_features, {in_features}"
+        )
+    if x.dtype != codebook.dtype:
+        raise ConfigError(f"the input is {x.dtype}, the layer {codebook.dtype}; cast one of them with .to(dtype)")
+
+
+def _fake_dequantize(
+    codebook: Tensor,
+    indices: Tensor,
+    residual_codebook: Tensor | None,
+    residual_indices: Tensor | None,
+    outlier_codebook: Tensor | None,
+    outlier_indices: Tensor | None,
+    perm: Tensor | None,
+    weight_scale: Tensor | None,
+    weight_bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    vector_len: int,
+    outlier_vector_len: int,
+) -> Tensor:
+    return codebook.new_empty(out_features, in_features)
+
+
+def _fake_linear(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    residual_codebook: Tensor | None,
+    residual_indices: Tensor | None,
+    outlier_codebook: Tensor | None,
+    outlier_indices: Tensor | None,
+    perm: Tensor | None,
+    weight_scale: Tensor | None,
+    weight_bias: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    vector_len: int,
+    outlier_vector_len: int,
+) -> Tensor:
+    check_input(x, codebook, in_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
+    shape = (vectors.shape[0], beam)
+    return vectors.new_empty(shape, dtype=torch.int64), vectors.new_empty(shape)
+
+
+for _name, _fake in (("dequantize", _fake_dequantize), ("linear", _fake_linear), ("nearest", _fake_nearest)):
+    torch.library.register_fake(f"vptq::{_name}", _fake, lib=LIBRARY)
