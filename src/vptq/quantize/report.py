@@ -1,0 +1,194 @@
+"""What a quantization run says: events while it runs, and a report when it is done.
+
+The library prints nothing. `ProgressEvent` is what it tells a caller who wants to watch; `Report` is the whole outcome
+as plain data, saved as report.json (for programs, resume and model cards) and report.png (for eyes: a layer that went
+wrong stands out of its kind's curve at once).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vptq.errors import CheckpointError
+
+JSON_NAME = "report.json"
+PLOT_NAME = "report.png"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step of a run.
+
+    Attributes:
+        stage: What is being done, such as "sampling calibration text" or "quantizing"; a new name begins a new bar.
+        done: Steps of the stage that are finished; may be any unit as long as `total` has the same.
+        total: Steps of the whole stage; 0 when that is not known.
+        message: A finished line worth keeping on the screen (one layer's loss, a warning), or empty.
+        layer: Path of the layer or block being worked on, if any.
+    """
+
+    stage: str
+    done: int
+    total: int
+    message: str = ""
+    layer: str | None = None
+
+
+ProgressCallback = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        name: Module path.
+        entry: Its entry in `quantization_config` (SPEC section 1), in_features and out_features included.
+        bits_per_weight: Every stored bit of it, bias excepted, over its weights.
+        losses: Proxy loss tr(E H E^T) / tr(W H W^T) after each stage, in the order the stages ran.
+        seconds: Time spent on it.
+        damping: Share of the mean Hessian diagonal that was added to make it factor.
+    """
+
+    name: str
+    entry: Mapping[str, Any]
+    bits_per_weight: float
+    losses: dict[str, float]
+    seconds: float
+    damping: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out_features, in_features] of its weight."""
+        return int(self.entry["out_features"]), int(self.entry["in_features"])
+
+    @property
+    def loss(self) -> float:
+        """Proxy loss after the last stage; NaN when none was recorded."""
+        return next(reversed(self.losses.values()), math.nan)
+
+
+@dataclass
+class Report:
+    """What became of a model.
+
+    Attributes:
+        model: Name of the original.
+        spec: Name of the spec.
+        bits_per_weight: Every stored bit of the quantized layers, codebooks and scales included, over their weights.
+        layers: One report per quantized layer, in the model's order.
+        seconds: Wall-clock time of the run.
+        peak_memory_bytes: Most memory the process held.
+        calibration: Phrase that describes the calibration sequences.
+        seed: Of everything random.
+        quantized_weights: Weights in quantized layers.
+        total_weights: Parameters of the whole model, tied ones counted once.
+        skipped: Parameters left as they were, path -> why.
+        warnings: Lines worth reading.
+    """
+
+    model: str
+    spec: str
+    bits_per_weight: float
+    layers: list[LayerReport]
+    seconds: float
+    peak_memory_bytes: int
+    calibration: str
+    seed: int
+    quantized_weights: int
+    total_weights: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the layers of the proxy loss after the last stage; NaN without layers."""
+        return _mean([layer.loss for layer in self.layers])
+
+    @property
+    def mean_losses(self) -> dict[str, float]:
+        """Mean proxy loss after each stage, over the layers that went through it."""
+        stages: dict[str, list[float]] = {}
+        for layer in self.layers:
+            for stage, loss in layer.losses.items():
+                stages.setdefault(stage, []).append(loss)
+        return {stage: _mean(losses) for stage, losses in stages.items()}
+
+    def to_json(self) -> str:
+        """This report as JSON text; `from_json` gives an equal one."""
+        return json.dumps({"version": FORMAT_VERSION, "mean_loss": self.mean_loss, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report back.
+
+        Raises:
+            CheckpointError: The text is no report of this version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(f"report version is {version}; this vptq reads {FORMAT_VERSION}")
+            data.pop("mean_loss")  # derived; it is in the file for readers without this class
+            layers = [LayerReport(**layer) for layer in data.pop("layers")]
+            return cls(layers=layers, **data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"not a quantization report: {error}") from error
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Write report.json and, where matplotlib is installed, report.png.
+
+    Args:
+        report: What to write.
+        folder: An existing folder.
+
+    Raises:
+        CheckpointError: The folder cannot be written to.
+    """
+    try:
+        _write_then_rename(folder / JSON_NAME, report.to_json().encode())
+        plot = _plot(report)
+        if plot is not None:
+            _write_then_rename(folder / PLOT_NAME, plot)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the report to {folder}: {error.strerror}") from error
+
+
+def load_report(folder: Path) -> Report | None:
+    """Read the report of a quantized folder; None when it has none.
+
+    Raises:
+        CheckpointError: It is there, but is no report of this version.
+    """
+    path = folder / JSON_NAME
+    return Report.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _plot(report: Report) -> bytes | None:
+    try:
+        from vptq.quantize.plot import draw_report
+    except ImportError:
+        return None
+    return draw_report(report)
+
+
+def _write_then_rename(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
