@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vptq.config import LayerConfig, tensor_specs
+from vptq.config import LayerConfig, TensorSpec, tensor_specs
 from vptq.errors import CheckpointError
 from vptq.packing import from_carrier, pack, to_carrier, unpack
 
@@ -137,18 +137,40 @@ class QuantizedWeight:
         )
 
 
-def check_stored(config: LayerConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+def normalize(config: LayerConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same layer in the dtypes of `tensor_specs`, whatever carriers its tensors came in.
+
+    Args:
+        config: The layer.
+        tensors: By on-disk name; they have passed `check_stored`. Names it does not know are dropped.
+        dtype: Float dtype wanted.
+
+    Returns:
+        By on-disk name; a tensor that was right already is returned as it is.
+    """
+    normal = {}
+    for name, spec in tensor_specs(config, dtype).items():
+        if name in tensors:
+            stored = tensors[name]
+            if stored.dtype != spec.dtype and not spec.dtype.is_floating_point:
+                # By bit pattern, never by value: a float16 carrier is not a number.
+                stored = from_carrier(stored)
+            normal[name] = stored.to(spec.dtype)
+    return normal
+
+
+def check_stored(config: LayerConfig, tensors: Mapping[str, Tensor | TensorSpec], where: str) -> None:
     """Hold the names, shapes and dtypes of stored tensors against the layer's config.
 
-    Reads no data: tensors on the meta device do, and so do headers presented as such.
+    Reads no data: tensors on the meta device do, and so do the headers of files.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected, or of the wrong shape or dtype.
     """
     specs = tensor_specs(config, torch.float16)  # shapes do not depend on the float dtype
-    for name in specs.keys() - tensors.keys():
+    for name in sorted(specs.keys() - tensors.keys()):
         raise CheckpointError(f"{where}: tensor {name} is missing, which its quantization_config entry promises")
-    for name in tensors.keys() - specs.keys():
+    for name in sorted(tensors.keys() - specs.keys()):
         raise CheckpointError(f"{where}: tensor {name} is there, but its quantization_config entry does not allow it")
     for name, spec in specs.items():
         shape, dtype = tuple(tensors[name].shape), tensors[name].dtype

@@ -1,0 +1,217 @@
+"""The layer that takes a linear layer's place in a model.
+
+`VQuantLinear` keeps the stored tensors as they are, under the names of the checkpoint, and hands them to
+`vptq::linear`; all layout work was done offline. Its constructor takes the keys of a layer's entry in
+`quantization_config`, as every published loader (transformers among them) calls it; code of this package goes through
+`from_config`, `from_tensors` or `from_weight`.
+
+The weight is frozen. Gradients flow through the layer to its input and its bias, never to codebooks or indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vptq.ops  # noqa: F401 (registers the operators)
+from vptq.config import LayerConfig, tensor_specs
+from vptq.weight import QuantizedWeight, check_indices, check_stored, normalize
+
+# The operators themselves: the typed wrappers of `vptq.ops` would cost a call more per layer and token.
+_linear = torch.ops.vptq.linear.default
+_dequantize = torch.ops.vptq.dequantize.default
+
+
+class Codebook(nn.Module):
+    """A bare holder of `weight`: the format prefixes codebooks as if they were embeddings."""
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class VQuantLinear(nn.Module):
+    """A linear layer y = x W^T + bias whose weight is vector-quantized.
+
+    Every tensor of `tensor_specs` is a parameter from construction on, zero until loaded, created on the ambient
+    device and in the ambient default dtype unless told otherwise.
+
+    Args:
+        in_features: Input width.
+        out_features: Output width.
+        vector_lens: [outlier vector length or -1, vector length].
+        num_centroids: [outlier codebook entries or -1, main codebook entries].
+        num_res_centroids: [-1, residual codebook entries or -1].
+        group_num: Column groups.
+        group_size: Columns per group.
+        outlier_size: Outlier columns.
+        indices_as_float: Legacy; carriers are told apart by their dtype.
+        enable_norm: Per-column scale and bias.
+        enable_perm: Column permutation.
+        is_indice_packed: Packed indices.
+        bias: The layer has a bias.
+        vector_quant_dim: Only "out" exists.
+        device: Where to create the tensors; None for the ambient device.
+        dtype: float16, bfloat16 or float32; None for the default dtype.
+        enable_proxy_error: Accepted for the published loaders' sake; it selected a debugging path there.
+
+    Raises:
+        ConfigError: The values contradict each other.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        vector_lens: Sequence[int],
+        num_centroids: Sequence[int],
+        num_res_centroids: Sequence[int],
+        group_num: int,
+        group_size: int,
+        outlier_size: int,
+        indices_as_float: bool | None,
+        enable_norm: bool = False,
+        enable_perm: bool = False,
+        is_indice_packed: bool = False,
+        bias: bool = False,
+        vector_quant_dim: str = "out",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        enable_proxy_error: bool = False,
+    ) -> None:
+        super().__init__()
+        entry: dict[str, Any] = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "vector_lens": list(vector_lens),
+            "num_centroids": list(num_centroids),
+            "num_res_centroids": list(num_res_centroids),
+            "group_num": group_num,
+            "group_size": group_size,
+            "outlier_size": outlier_size,
+            "indices_as_float": indices_as_float,
+            "enable_norm": enable_norm,
+            "enable_perm": enable_perm,
+            "is_indice_packed": is_indice_packed,
+            "bias": bias,
+            "vector_quant_dim": vector_quant_dim,
+        }
+        self.config = LayerConfig.from_entry(entry, where="VQuantLinear")
+        config = self.config
+        self._sizes = (config.in_features, config.out_features, config.vector_len, config.outlier_vector_len)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)  # code that walks linears asks for it
+        for name, spec in tensor_specs(self.config, dtype or torch.get_default_dtype()).items():
+            initial = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            if name.endswith(".weight"):
+                self.add_module(name.removesuffix(".weight"), Codebook(initial))
+            else:
+                self.register_parameter(name, nn.Parameter(initial, requires_grad=False))
+
+    @classmethod
+    def from_config(
+        cls, config: LayerConfig, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> VQuantLinear:
+        """An empty layer of the given dimensions, ready for `load_state_dict`."""
+        return cls(**config.to_entry(), dtype=dtype, device=device)
+
+    @classmethod
+    def from_tensors(
+        cls, config: LayerConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> VQuantLinear:
+        """A layer from tensors as stored, legacy carriers included.
+
+        Args:
+            config: The layer.
+            tensors: By on-disk name; tensors already in the right dtype are shared, not copied.
+            dtype: Float dtype; None for that of the main codebook.
+
+        Raises:
+            CheckpointError: The tensors contradict `config`, or an index points outside its codebook.
+        """
+        check_stored(config, tensors, "layer")
+        check_indices(config, tensors, "layer")
+        dtype = dtype or tensors["centroids.weight"].dtype
+        layer = cls.from_config(config, dtype=dtype, device="meta")
+        layer.load_state_dict(normalize(config, tensors, dtype), assign=True)
+        return layer
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, dtype: torch.dtype) -> VQuantLinear:
+        """A layer that holds `weight`, its floats rounded to `dtype`."""
+        return cls.from_tensors(weight.config, weight.to_tensors(dtype), dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float dtype of the layer and of its inputs."""
+        return self._codebook("centroids").dtype  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., in_features] in the layer's dtype; any strides, any number of rows.
+
+        Returns:
+            [..., out_features] in the layer's dtype.
+
+        Raises:
+            ConfigError: `x` has the wrong width or dtype.
+        """
+        bias = self._parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            # The operator has no backward of its own; a frozen dense weight gives the exact one.
+            return functional.linear(x, self.dequantize(), bias)
+        y: Tensor = _linear(x, *self._stored(), bias, *self._sizes)
+        return y
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The dense weight [out_features, in_features] in the layer's dtype, detached."""
+        weight: Tensor = _dequantize(*self._stored(), *self._sizes)
+        return weight
+
+    def extra_repr(self) -> str:
+        """Dimensions and size, for printing a model."""
+        config = self.config
+        residual = f", residual {config.num_residual_centroids}" if config.has_residual else ""
+        return (
+            f"in_features={config.in_features}, out_features={config.out_features}, bias={config.bias}, "
+            f"vectors of {config.vector_len}, codebook {config.num_centroids}{residual}, "
+            f"{config.bits_per_weight:.2f} bits per weight"
+        )
+
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        # Straight from the dictionaries: attribute access on a module falls through to Python's __getattr__, and nine
+        # of them cost as much as the operator call.
+        tensors = self._parameters
+        return (
+            self._codebook("centroids"),
+            tensors["indices"],
+            self._codebook("res_centroids"),
+            tensors.get("res_indices"),
+            self._codebook("outlier_centroids"),
+            tensors.get("outlier_indices"),
+            tensors.get("perm"),
+            tensors.get("weight_scale"),
+            tensors.get("weight_bias"),
+        )
+
+    def _codebook(self, name: str) -> Tensor | None:
+        module = self._modules.get(name)
+        return None if module is None else module._parameters["weight"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Bring legacy carriers into our dtypes first: copying would convert bit patterns by value."""
+        names = tensor_specs(self.config, self.dtype)
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        state_dict.update({prefix + name: tensor for name, tensor in normalize(self.config, found, self.dtype).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
