@@ -11,17 +11,16 @@ on standard input.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from vptq.errors import ConfigError, VPTQError
+from vptq.errors import CheckpointError, ConfigError, VPTQError
 
 if TYPE_CHECKING:
     import torch
@@ -73,10 +72,10 @@ def resolve_model(model: str | Path | ModelSource) -> ModelSource:
     """
     if isinstance(model, ModelSource):
         return model
-    text = os.path.expanduser(model)
+    text = str(model)
     if not text:
         raise ConfigError("the model is empty; give a hub id, a local folder or a GGUF file")
-    path = Path(text)
+    path = Path(text).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ConfigError(f"{text} is a file; a model is a hub id, a local folder or a .gguf file")
@@ -98,7 +97,9 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    return _open(AutoConfig, resolve_model(model), trust_remote_code=trust_remote_code, token=token)
+    source = resolve_model(model)
+    config: PreTrainedConfig = _open(AutoConfig, source, trust_remote_code=trust_remote_code, token=token)
+    return config
 
 
 def load_tokenizer(
@@ -111,7 +112,9 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    return _open(AutoTokenizer, resolve_model(model), trust_remote_code=trust_remote_code, token=token)
+    source = resolve_model(model)
+    tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, source, trust_remote_code=trust_remote_code, token=token)
+    return tokenizer
 
 
 def load_model(
@@ -153,12 +156,11 @@ def load_model(
         token=token,
         **kwargs,
     )
-    return loaded.eval()
+    return loaded  # transformers has put it in eval mode
 
 
 def _looks_local(text: str) -> bool:
-    separators = text.count("/") + (text.count(os.sep) if os.sep != "/" else 0)
-    return separators > 1 or text.startswith((".", "/")) or text.endswith(("/", ".gguf")) or os.path.isabs(text)
+    return len(PurePath(text).parts) > 2 or text.startswith((".", "/", "~")) or text.endswith(("/", "\\", ".gguf"))
 
 
 def _resolve_folder(folder: Path) -> ModelSource:
@@ -184,10 +186,14 @@ def _open(auto_class: Any, source: ModelSource, **kwargs: Any) -> Any:
 
 @contextmanager
 def _one_line_errors(source: ModelSource, wanted: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
     except VPTQError:
         raise
+    except SafetensorError as error:
+        raise CheckpointError(f"{source}: a safetensors file is damaged ({error}); copy it again") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{source}: {_explain(source, wanted, error)}") from error
 
