@@ -20,6 +20,7 @@ from vptq import integrations as _integrations
 if TYPE_CHECKING:
     from vptq.config import LayerConfig, QuantConfig, TensorSpec, tensor_specs
     from vptq.errors import BackendError, CalibrationError, CheckpointError, ConfigError, VPTQError
+    from vptq.evaluate import evaluate
     from vptq.linear import VQuantLinear
     from vptq.model import AutoModelForCausalLM
     from vptq.quantize.pipeline import quantize
@@ -42,6 +43,7 @@ __all__ = [
     "VPTQError",
     "VQuantLinear",
     "__version__",
+    "evaluate",
     "quantize",
     "spec_for_bits",
     "tensor_specs",
@@ -71,10 +73,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name's module when the name is first used (PEP 562)."""
     if name == "__version__":
         value: Any = _installed_version()
-    elif name == "quantize":
+    elif name in ("evaluate", "quantize"):
         # Package and function share this name, and importing any of its submodules binds the package here. So the
         # package is what this name always means, and the package is callable.
-        return importlib.import_module("vptq.quantize")
+        return importlib.import_module(f"vptq.{name}")
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:

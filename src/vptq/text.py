@@ -1,8 +1,8 @@
 """Where text comes from, for calibration and for evaluation, and how it becomes token windows.
 
 One module for both, because a perplexity means something only if everybody cuts the text the same way: the whole text
-is tokenized once without special tokens, then cut into consecutive windows that do not overlap, and a last piece shorter
-than a window is dropped.
+is tokenized once without special tokens, then cut into consecutive windows that do not overlap, and a last piece that
+is shorter than a window is dropped.
 
 A source is a local text file, one of two names with settled meanings (`wikitext2`, `c4`), or any other hub data set as
 `NAME[:CONFIG][@SPLIT]`. Hub data sets are streamed and read only as far as the windows asked for need.

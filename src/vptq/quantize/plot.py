@@ -113,7 +113,7 @@ def _draw_stages(axes: Axes, kinds: dict[str, list[LayerReport]], stages: list[s
 
 def _style(axes: Axes) -> None:
     axes.set_yscale("log")
-    percent = FuncFormatter(lambda value, _: f"{value:.3g}".rstrip() if value <= 0 else f"{100 * value:.3g}%")
+    percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
     axes.yaxis.set_major_formatter(percent)
     low, high = axes.get_ylim()
     # Within one decade a log axis has a single labelled tick; label the ones between as well.

@@ -1,0 +1,140 @@
+"""README.md of a quantized folder: what it is, what it was made from and how, what it measures, how to load it.
+
+The card is derived from the report, so it says nothing the report does not know. The license is the original model's to
+state: the card names the original and leaves the license to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from vptq.errors import CheckpointError
+from vptq.quantize.report import Report
+from vptq.spec import QuantSpec
+
+NAME = "README.md"
+
+
+def model_card(report: Report, base_model: str | None = None, measured: Mapping[str, str] | None = None) -> str:
+    """Write the card of a quantized model.
+
+    Args:
+        report: The run that made it.
+        base_model: Hub id of the original; None when it has none that a reader could follow.
+        measured: Further figures, what -> how much, such as {"perplexity (wikitext2)": "23.1"}.
+
+    Returns:
+        Markdown with the hub's front matter.
+    """
+    sections = [
+        _front_matter(base_model),
+        f"# {report.model}, {report.bits_per_weight:.2f} bits per weight\n",
+        _introduction(report, base_model),
+        _how_made(report),
+        _figures(report, measured or {}),
+        _how_to_load(),
+    ]
+    return "\n".join(sections)
+
+
+def save_card(
+    report: Report, folder: Path, base_model: str | None = None, measured: Mapping[str, str] | None = None
+) -> None:
+    """Write `model_card` to README.md of a folder, replacing the one that is there.
+
+    Raises:
+        CheckpointError: The folder cannot be written to.
+    """
+    partial = folder / f"{NAME}.partial"
+    try:
+        partial.write_text(model_card(report, base_model, measured), encoding="utf-8")
+        partial.replace(folder / NAME)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the model card to {folder}: {error.strerror}") from error
+
+
+def _front_matter(base_model: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- vptq", "- quantized"]
+    if base_model is not None:
+        lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _introduction(report: Report, base_model: str | None) -> str:
+    original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else report.model
+    return (
+        f"{original} with its linear layers quantized by vector post-training quantization (VPTQ) to "
+        f"**{report.bits_per_weight:.3f} bits per weight**: every stored bit of those layers, codebooks and scales "
+        "included, over their weights. The license is that of the original.\n"
+    )
+
+
+def _how_made(report: Report) -> str:
+    spec = QuantSpec.parse(report.spec)
+    residual = f", then {spec.num_residual_centroids} residual centroids" if spec.num_residual_centroids else ""
+    rows = {
+        "spec": f"`{report.spec}`",
+        "vectors": f"{spec.vector_len} weights, {spec.num_centroids} centroids{residual}",
+        "index bits per weight": f"{spec.index_bits_per_weight:.3f}",
+        "column groups": str(spec.num_groups),
+        "outlier columns": _outliers(spec),
+        "calibration": report.calibration,
+        "seed": str(report.seed),
+    }
+    return "## How it was made\n\n" + _table(rows)
+
+
+def _outliers(spec: QuantSpec) -> str:
+    if not spec.outlier_num_centroids:
+        return "none"
+    return (
+        f"{spec.outlier_percent:g}% of the columns, in vectors of {spec.outlier_vector_len} weights, "
+        f"{spec.outlier_num_centroids} centroids"
+    )
+
+
+def _figures(report: Report, measured: Mapping[str, str]) -> str:
+    share = report.quantized_weights / report.total_weights if report.total_weights else math.nan
+    rows = {
+        "quantized layers": str(len(report.layers)),
+        "quantized weights": f"{report.quantized_weights:,} of {report.total_weights:,} ({share:.1%})",
+    }
+    if report.layers:
+        worst = max(report.layers, key=lambda layer: layer.loss)
+        rows["mean proxy loss"] = f"{report.mean_loss:.3%}"
+        rows["largest proxy loss"] = f"{worst.loss:.3%} ({worst.name})"
+    rows |= {"quantized in": _duration(report.seconds), **measured}
+    warnings = "".join(f"- {warning}\n" for warning in report.warnings)
+    note = (
+        "\nProxy loss is tr(E H E^T) / tr(W H W^T): the output energy of a layer's error, over that of its weights, "
+        "on the calibration text. Per layer: report.json and report.png.\n"
+    )
+    return "## Figures\n\n" + _table(rows) + note + (f"\nWarnings of the run:\n\n{warnings}" if warnings else "")
+
+
+def _how_to_load() -> str:
+    return (
+        "## How to load it\n\n"
+        "```python\n"
+        "import vptq, transformers  # pip install vptq\n\n"
+        'folder = "."  # this folder, or its name on the hub\n'
+        "tokenizer = transformers.AutoTokenizer.from_pretrained(folder)\n"
+        'model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="auto")\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))\n"
+        "```\n\n"
+        "Or talk to it: `python -m vptq --model . --chat`.\n"
+    )
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    cells = ((what, value.replace("|", "\\|").replace("\n", " ")) for what, value in rows.items())
+    return "| | |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in cells)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
