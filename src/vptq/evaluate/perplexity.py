@@ -105,9 +105,8 @@ def _score_window(model: PreTrainedModel, window: torch.Tensor, reference: PreTr
 
 def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """Logits [seqlen - 1, vocabulary] that predict tokens 1.. of a window [seqlen]."""
-    device = model.get_input_embeddings().weight.device
     # The last token predicts nothing inside the window, so it need not be run.
-    logits: torch.Tensor = model(input_ids=window[None, :-1].to(device), use_cache=False).logits
+    logits: torch.Tensor = model(input_ids=window[None, :-1].to(model.device), use_cache=False).logits
     return logits[0]
 
 

@@ -1,0 +1,138 @@
+"""Text of a model's own, for calibrating it without any data.
+
+Sampling is one long decode, so it is arranged for throughput: as many sequences at once as a fixed memory budget for
+their keys and values allows (fixed, not what happens to be free, because the batch size decides which random number
+goes to which sequence), in a cache that is allocated once instead of being copied for every token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vptq.errors import CalibrationError
+from vptq.quantize.report import ProgressCallback, ProgressEvent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHE_BYTES = 2**30
+
+
+@torch.inference_mode()
+def sample_sequences(
+    model: PreTrainedModel,
+    start_token: int,
+    sequences: int,
+    seqlen: int,
+    seed: int,
+    cache_bytes: int = CACHE_BYTES,
+    progress: ProgressCallback | None = None,
+) -> torch.Tensor:
+    """Let a model write, at temperature 1, without stopping at end-of-text tokens.
+
+    A sequence that reaches an end-of-text token goes on with whatever the model holds likely after it, which is how
+    documents follow each other in training data.
+
+    Args:
+        model: A causal language model, in eval mode.
+        start_token: First token of every sequence.
+        sequences: How many to sample.
+        seqlen: Their length, `start_token` included.
+        seed: Of the generator; the same seed, machine and thread count give the same tokens.
+        cache_bytes: Memory budget for the keys and values of the sequences sampled at once.
+        progress: Told after every 16th token of a batch; `done` and `total` count tokens.
+
+    Returns:
+        Token ids [sequences, seqlen], int64, on the CPU.
+
+    Raises:
+        CalibrationError: The model's distribution is not finite.
+    """
+    device = model.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    tokens = torch.empty(sequences, seqlen, dtype=torch.int64)
+    batch = max(1, min(sequences, cache_bytes // _cache_bytes_per_sequence(model, seqlen)))
+    for first in range(0, sequences, batch):
+        rows = tokens[first : first + batch]
+        rows[:, 0] = start_token
+        step = torch.full((rows.shape[0], 1), start_token, device=device)
+        cache = _new_cache(model, seqlen)
+        for position in range(1, seqlen):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            step = _draw(output.logits[:, -1], generator)
+            rows[:, position] = step[:, 0]
+            if progress is not None and (position % 16 == 0 or position == seqlen - 1):
+                done = first * seqlen + rows.shape[0] * (position + 1)
+                progress(ProgressEvent("sampling calibration text", done, sequences * seqlen))
+    return tokens
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    # One NaN among the probabilities would make multinomial fail with a message about its own argument.
+    if not bool(torch.isfinite(probabilities.sum())):
+        raise CalibrationError(
+            f"the model's logits are not finite (dtype {logits.dtype}), so it cannot sample its own calibration text; "
+            "check the model, try dtype bfloat16, or give a calibration text"
+        )
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+def _cache_bytes_per_sequence(model: PreTrainedModel, seqlen: int) -> int:
+    """Keys and values of one sequence, over-estimated where a config does not say (the budget is rough anyway)."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    itemsize: int = model.dtype.itemsize
+    return int(2 * config.num_hidden_layers * key_heads * head_dim * seqlen * itemsize)
+
+
+def _new_cache(model: PreTrainedModel, seqlen: int) -> Any:
+    """An empty cache with room for `seqlen` tokens where the model uses the plain kind, else the model's own choice.
+
+    transformers' dynamic layers concatenate: every token copies all keys and values so far. Its static ones attend to
+    the whole allocated length. Preallocated storage of which the filled part is shown costs neither.
+    """
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+        return None
+    cache = DynamicCache(config=model.config)
+    if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [PreallocatedLayer(seqlen) for _ in cache.layers]
+    return cache
+
+
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A dynamic cache layer whose storage is allocated once.
+
+    Args:
+        capacity: Tokens there is room for.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.filled = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [batch, heads, tokens, head_dim]; return all there are so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.key_storage = self._storage_for(key_states)
+            self.value_storage = self._storage_for(value_states)
+        end = self.filled + key_states.shape[-2]
+        self.key_storage[..., self.filled : end, :] = key_states
+        self.value_storage[..., self.filled : end, :] = value_states
+        self.filled = end
+        self.keys = self.key_storage[..., :end, :]
+        self.values = self.value_storage[..., :end, :]
+        return self.keys, self.values
+
+    def _storage_for(self, states: torch.Tensor) -> torch.Tensor:
+        return states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1])
