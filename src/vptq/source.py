@@ -119,7 +119,7 @@ def load_tokenizer(
 
 def load_model(
     model: str | Path | ModelSource,
-    *,
+    *model_args: Any,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
@@ -130,6 +130,7 @@ def load_model(
 
     Args:
         model: Hub id, local folder, or GGUF file (dequantized while loading).
+        *model_args: Passed to the model's constructor.
         dtype: Float dtype to hold it in; "auto" is the one it is stored in (float32 for a GGUF file).
         device_map: As for transformers: None, "cpu", "auto", or a mapping of module names to devices.
         trust_remote_code: Allow code that comes with the model to run.
@@ -150,6 +151,7 @@ def load_model(
     loaded: PreTrainedModel = _open(
         AutoModelForCausalLM,
         source,
+        *model_args,
         dtype=dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -174,14 +176,14 @@ def _resolve_folder(folder: Path) -> ModelSource:
     raise ConfigError(f"{folder} is not a model folder: it has neither a config.json nor a GGUF file")
 
 
-def _open(auto_class: Any, source: ModelSource, **kwargs: Any) -> Any:
+def _open(auto_class: Any, source: ModelSource, *args: Any, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained`, with the arguments this source needs and one-line errors."""
     if source.gguf_file is not None:
         kwargs["gguf_file"] = source.gguf_file
     if not source.is_local and _hub_is_out_of_reach():
         kwargs["local_files_only"] = True
     with _one_line_errors(source, auto_class.__name__):
-        return auto_class.from_pretrained(source.folder, **kwargs)
+        return auto_class.from_pretrained(source.folder, *args, **kwargs)
 
 
 @contextmanager
@@ -195,6 +197,10 @@ def _one_line_errors(source: ModelSource, wanted: str) -> Iterator[None]:
     except SafetensorError as error:
         raise CheckpointError(f"{source}: a safetensors file is damaged ({error}); copy it again") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and source.is_local and wanted == "AutoModelForCausalLM":
+            from vptq.checkpoint import find_shards
+
+            find_shards(source.folder)  # says better which file is missing, if one is
         raise ConfigError(f"{source}: {_explain(source, wanted, error)}") from error
 
 

@@ -1,0 +1,44 @@
+"""Quantized layers under accelerate's CPU and disk offload.
+
+accelerate brings an offloaded tensor back when the module that holds it is called. The codebooks of a quantized layer
+are held by submodules (so that they have their names in the checkpoint), which are never called: the layer reads them
+itself. Its hook is therefore made to move the layer with all it holds, as `dispatch_model` does for the classes in its
+`preload_module_classes`, an argument that transformers does not pass on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vptq.linear import VQuantLinear
+
+
+def keep_layers_whole(model: nn.Module) -> None:
+    """Make the offload hook of every quantized layer move its codebooks as well. Does nothing without such hooks."""
+    for module in model.modules():
+        if not isinstance(module, VQuantLinear):
+            continue
+        for hook in _offload_hooks(module):
+            from accelerate.hooks import remove_hook_from_module
+
+            for child in module.children():
+                remove_hook_from_module(child)
+            hook.place_submodules = True
+            hook.init_hook(module)
+
+
+def offloaded_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer that are on the meta device because they are offloaded, read from where they are."""
+    found: dict[str, Tensor] = {}
+    for hook in _offload_hooks(layer):
+        for name, tensor in layer.state_dict().items():
+            if tensor.is_meta:
+                found[name] = hook.weights_map[name]
+    return found
+
+
+def _offload_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [single for single in getattr(hook, "hooks", (hook,)) if getattr(single, "offload", False)]

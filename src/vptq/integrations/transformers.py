@@ -1,0 +1,210 @@
+"""Loading VPTQ checkpoints through plain transformers, on any device.
+
+transformers 5.17 to 5.19 refuses VPTQ without CUDA, its replacement loop fails on every nested model, it looks shared
+entries up under the wrong name, rejects unpacked indices, casts legacy float16 index carriers by value, and installs
+tensors of the wrong shape without a word. `register` puts the two classes below in its place, in the dictionaries that
+`from_pretrained` consults. They hook into the usual loader and do not replace it: transformers still resolves the
+files, streams each tensor to its device, offloads, ties weights and saves.
+
+    before the weights   match the config's entries with the model's linears, check the headers of all shards against
+                         `tensor_specs`, put a `VQuantLinear` on the meta device in each place
+    after the weights    bring legacy carriers into the current layout, check what only the data can tell, and write
+                         down in the config what the model now holds, so that `save_pretrained` stores exactly that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import quantization_config as hf_config
+
+from vptq.checkpoint import read_headers
+from vptq.config import QuantConfig
+from vptq.errors import CheckpointError, ConfigError
+from vptq.integrations.matching import LayerMatch, match_layers
+from vptq.integrations.offload import keep_layers_whole, offloaded_tensors
+from vptq.linear import VQuantLinear
+from vptq.weight import check_indices, normalize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class VptqConfig(hf_config.VptqConfig):
+    """transformers' `VptqConfig`, reading every layout that was ever published.
+
+    It keeps that name because transformers compares class names when a config is also passed by hand.
+
+    Attributes:
+        config_for_layers: On-disk entries by module path.
+        shared_layer_config: On-disk entries by the last name of a path.
+        modules_to_not_convert: Modules left dense; None leaves the choice to the checkpoint.
+    """
+
+    def post_init(self) -> None:
+        """Check every entry, and keep them in the form in which they are written back.
+
+        Raises:
+            ConfigError: An entry is invalid.
+        """
+        self.store(self.parsed())
+
+    def parsed(self) -> QuantConfig:
+        """The same in this package's words."""
+        return QuantConfig.from_dict(self.to_dict())
+
+    def store(self, config: QuantConfig) -> None:
+        """Take over `config` as what `save_pretrained` writes."""
+        for key, value in config.to_dict().items():
+            if key != "quant_method":  # an enum in transformers
+                setattr(self, key, value)
+
+
+class VptqHfQuantizer(HfQuantizer):
+    """Builds and checks the quantized layers around transformers' own weight loading."""
+
+    requires_calibration = True
+    quantization_config: VptqConfig
+
+    def __init__(self, quantization_config: VptqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._matches: list[LayerMatch] = []
+        self._dtype = torch.get_default_dtype()
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._dtype = dtype or torch.get_default_dtype()
+        excluded = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, list(model._keep_in_fp32_modules or ())
+        )
+        self._matches = match_layers(
+            model,
+            self.quantization_config.parsed(),
+            None if checkpoint_files is None else read_headers(checkpoint_files),
+            lambda path: not should_convert_module(path, excluded),
+        )
+        for match in self._matches:
+            layer = VQuantLinear.from_config(match.config, device="meta", dtype=self._dtype)
+            _declare_stored_carriers(layer, match.headers)
+            model.set_submodule(match.path, layer)
+        # A device boundary inside a layer would separate its indices from its codebooks.
+        model._no_split_modules = {*(model._no_split_modules or ()), VQuantLinear.__name__}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        keep_layers_whole(model)
+        for match in self._matches:
+            layer = model.get_submodule(match.path)
+            tensors = _settle_dtypes(layer, match, self._dtype)
+            if not any(tensor.is_meta for tensor in tensors.values()):  # device_map="meta" loads no data to check
+                check_indices(match.config, tensors, match.stored_path)
+            layer.requires_grad_(False)  # the loader makes every float a trainable parameter
+        self.quantization_config.store(
+            QuantConfig(
+                layers={match.stored_path: match.config for match in self._matches},
+                modules_to_not_convert=self.quantization_config.parsed().modules_to_not_convert,
+            )
+        )
+        _drop_nested_config(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put dense linear layers back, for `model.dequantize()`."""
+        for path, module in list(model.named_modules()):
+            if isinstance(module, VQuantLinear):
+                model.set_submodule(path, _dense_linear(module, dtype))
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """The layers are for inference: indices cannot be trained, and the codebooks come frozen."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile the model: the layers' operators trace without a graph break."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` stores the quantized layers as they are."""
+        return True
+
+
+def register() -> None:
+    """Make `from_pretrained` load VPTQ checkpoints with the classes of this module. Safe to call again."""
+    auto.AUTO_QUANTIZER_MAPPING["vptq"] = VptqHfQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vptq"] = VptqConfig
+
+
+def _declare_stored_carriers(layer: nn.Module, headers: Mapping[str, Tensor]) -> None:
+    """Give index tensors on the meta device the dtype that the file has.
+
+    The loader casts a float tensor to the dtype declared for it; float16 that carries index bits would be lost.
+    """
+    for name, declared in layer.state_dict().items():
+        if name in headers and not declared.is_floating_point() and headers[name].dtype != declared.dtype:
+            _replace_tensor(layer, name, torch.empty_like(declared, dtype=headers[name].dtype))
+
+
+def _settle_dtypes(layer: nn.Module, match: LayerMatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Bring each tensor of a loaded layer into the dtype of `tensor_specs`.
+
+    That ends legacy carriers, and does for floats what the loader leaves undone when it has renamed a tensor.
+
+    Returns:
+        The tensors by name; those offloaded to disk are read from there.
+    """
+    offloaded = offloaded_tensors(layer)
+    tensors = {name: offloaded.get(name, tensor) for name, tensor in layer.state_dict().items()}
+    settled = normalize(match.config, tensors, dtype)
+    for name, tensor in settled.items():
+        found = tensors[name].dtype
+        if found == tensor.dtype:
+            continue
+        where = f"{match.stored_path}.{name}"
+        if name in offloaded:
+            raise ConfigError(
+                f"{where} is stored as {found} and has to become {tensor.dtype}, which an offloaded tensor cannot; "
+                "load the model without offload once and save it"
+            )
+        if not tensor.is_floating_point() and name in match.headers and found != match.headers[name].dtype:
+            raise CheckpointError(f"{where} became {found} while loading, which loses index bits")
+        _replace_tensor(layer, name, tensor)
+    return settled
+
+
+def _replace_tensor(layer: nn.Module, name: str, value: Tensor) -> None:
+    holder_name, _, leaf = name.rpartition(".")
+    holder = layer.get_submodule(holder_name)
+    if leaf in holder._parameters:
+        setattr(holder, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(holder, leaf, value)
+
+
+def _drop_nested_config(model: PreTrainedModel) -> None:
+    """Remove the copy that a composite model's text part may carry: the one on top is current."""
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is not model.config and hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config
+
+
+def _dense_linear(layer: VQuantLinear, dtype: torch.dtype | None) -> nn.Linear:
+    weight = layer.dequantize()
+    if dtype is not None:
+        weight = weight.to(dtype)
+    with torch.device("meta"):
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return dense
