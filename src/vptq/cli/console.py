@@ -1,0 +1,122 @@
+"""What the commands share for talking to people.
+
+Results go to standard output, everything about the way there to standard error, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.table import Table
+
+from vptq.quantize.report import ProgressEvent
+
+
+def output() -> Console:
+    """A console on standard output; made per use, so that it follows a redirected one."""
+    return Console(highlight=False)
+
+
+def messages() -> Console:
+    """A console on standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line, however long."""
+    one_line = " ".join(text.split())
+    console = messages()
+    console.print("[bold red]error:[/bold red]", end=" ")
+    console.print(one_line, style="red", markup=False, soft_wrap=True)
+
+
+def print_warning(text: str) -> None:
+    """Print a warning as one line, however long."""
+    console = messages()
+    console.print("[bold yellow]warning:[/bold yellow]", end=" ")
+    console.print(" ".join(text.split()), markup=False, soft_wrap=True)
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the style of all commands: names on the left, figures on the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """A two-column table without a header."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for what, value in rows.items():
+        table.add_row(what, value)
+    return table
+
+
+def file_size(count: float) -> str:
+    """Bytes for people, in decimal units as disks and hubs count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def quiet_transformers() -> None:
+    """Silence the progress bars and hints of the libraries underneath; ours say what is going on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class StageBars:
+    """Progress bars for a run in stages, with an estimate of the time left: a `ProgressCallback`.
+
+    Lines worth keeping are printed above the bars. Where standard error is no terminal, only those lines appear.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            # A plain average: layers differ in size in a pattern that repeats over minutes, not seconds.
+            TimeLeftColumn(compact=True),
+            TextColumn("left {task.fields[layer]}", style="dim"),
+            console=messages(),
+            speed_estimate_period=3600,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Show one event."""
+        if event.stage not in self._tasks:
+            self._tasks[event.stage] = self._progress.add_task(event.stage, total=None, layer="")
+        self._progress.update(
+            self._tasks[event.stage],
+            completed=event.done,
+            total=event.total or None,
+            layer=event.layer or "",
+        )
+        if event.message:
+            self._progress.console.print(event.message, markup=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""`vptq env`: what a bug report should say about the machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vptq.cli.console import facts, file_size, output, plain_table
+
+PACKAGES = (
+    ("torch", ""),
+    ("transformers", ""),
+    ("safetensors", ""),
+    ("accelerate", ""),
+    ("tokenizers", ""),
+    ("triton", "GPU kernels"),
+    ("datasets", "hub data sets as text; pip install 'vptq[data]'"),
+    ("matplotlib", "report.png; pip install 'vptq[plot]'"),
+    ("gguf", "GGUF models; pip install 'vptq[gguf]'"),
+)
+
+
+def env() -> None:
+    """Show versions, devices, and kernels, and why each is used."""
+    import vptq
+
+    console = output()
+    console.print(facts({"vptq": vptq.__version__, "python": platform.python_version(), "system": platform.platform()}))
+    console.print()
+    console.print(facts({package: _version(package, purpose) for package, purpose in PACKAGES}))
+    console.print()
+    console.print(facts(_devices()))
+    console.print()
+    from vptq.ops import backends
+
+    table = plain_table("backend", "state", "why")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    for backend in backends():
+        state = "[green]in use[/green]" if backend.active else "[yellow]not used[/yellow]"
+        table.add_row(backend.name, state, backend.reason)
+    console.print(table)
+
+
+def _version(package: str, purpose: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"not installed ({purpose})" if purpose else "not installed"
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    rows = {"cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{file_size(properties.total_memory)}"
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        rows["cuda"] = "no device that this torch can use" if built else "this torch is built without it"
+    return rows
+
+
+def _cpu_name() -> str:
+    """The model name: /proc says it on Linux, where `platform` knows only the architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,173 @@
+"""`vptq quantize MODEL -o DIR`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vptq.cli.console import StageBars, facts, file_size, output, print_warning, quiet_transformers
+from vptq.cli.options import DeviceOption, SeqlenOption
+
+if TYPE_CHECKING:
+    from vptq.quantize.report import Report
+    from vptq.spec import QuantSpec
+
+DEFAULT_BITS = 3.0
+
+
+class StoredType(str, Enum):
+    """The float dtypes a quantized checkpoint can be stored in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class HessianInputs(str, Enum):
+    """Which inputs the Hessians are made from."""
+
+    quantized = "quantized"
+    original = "original"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a GGUF file.")],
+    output_dir: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    spec: Annotated[
+        str | None,
+        typer.Option(
+            "--spec", help="What to quantize to, such as v8-k4096-256: vector length, main and residual codebook."
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            help="Instead of --spec: 1, 1.5, ... 4 index bits per weight; codebooks suit the layers.  [default: 3]",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            help="self (the model samples its own text), a text file, wikitext2, c4, or NAME[:CONFIG][@SPLIT].",
+        ),
+    ] = "self",
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Calibration sequences.")] = 128,
+    seqlen: SeqlenOption = 2048,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random: same seed, same bytes.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        StoredType | None,
+        typer.Option("--dtype", help="Float type of the codebooks and unquantized weights.  [default: the model's]"),
+    ] = None,
+    hessian_dir: Annotated[
+        Path | None, typer.Option("--hessian-dir", help="Read Hessians from this folder (QuIP#/VPTQ layout).")
+    ] = None,
+    hessian_inputs: Annotated[
+        HessianInputs,
+        typer.Option(
+            "--hessian-inputs", help="Make Hessians from what the quantized or the original layers before produce."
+        ),
+    ] = HessianInputs.quantized,
+    norm: Annotated[
+        bool | None, typer.Option("--norm/--no-norm", help="Normalize input columns.  [default: what the spec says]")
+    ] = None,
+    perm: Annotated[
+        bool | None,
+        typer.Option(
+            "--perm/--no-perm", help="Quantize the most sensitive columns first.  [default: what the spec says]"
+        ),
+    ] = None,
+    absorb_perm: Annotated[
+        bool,
+        typer.Option(
+            "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
+        ),
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
+    ] = False,
+) -> None:
+    """Quantize a language model's linear layers."""
+    if spec is not None and bits is not None:
+        raise typer.BadParameter("give --spec or --bits, not both", param_hint="--bits")
+    if overwrite and resume:
+        raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
+    import torch
+
+    from vptq.quantize.pipeline import quantize as quantize_model
+    from vptq.spec import QuantSpec
+
+    quiet_transformers()
+    chosen = (
+        QuantSpec.parse(spec) if spec is not None else _spec_for_model(model, DEFAULT_BITS if bits is None else bits)
+    )
+    with StageBars() as bars:
+        report = quantize_model(
+            model,
+            output_dir,
+            spec=chosen,
+            calibration=calibration,
+            sequences=sequences,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            hessian_dir=hessian_dir,
+            hessian_inputs=hessian_inputs.value,
+            norm=norm,
+            perm=perm,
+            overwrite=overwrite,
+            resume=resume,
+            absorb_perm=absorb_perm,
+            progress=bars,
+        )
+    _print_summary(report, output_dir)
+
+
+def _spec_for_model(model: str, bits: float) -> QuantSpec:
+    """The spec for a bit width that suits the size of this model's linear layers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vptq.quantize.skeleton import find_blocks, linears_of
+    from vptq.source import load_config
+    from vptq.spec import spec_for_bits
+
+    spec_for_bits(bits)  # an impossible width should not wait for the model's config
+    with torch.device("meta"):
+        empty_model = AutoModelForCausalLM.from_config(load_config(model))  # type: ignore[no-untyped-call]
+    _, blocks = find_blocks(empty_model)
+    sizes = [linear.weight.numel() for block in blocks for linear in linears_of(block).values()]
+    return spec_for_bits(bits, sum(sizes) // len(sizes))
+
+
+def _print_summary(report: Report, folder: Path) -> None:
+    for warning in report.warnings:
+        print_warning(warning)
+    share = report.quantized_weights / report.total_weights
+    minutes, seconds = divmod(round(report.seconds), 60)
+    rows = {
+        "written": str(folder),
+        "spec": report.spec,
+        "bits per weight": f"{report.bits_per_weight:.3f}",
+        "quantized": f"{len(report.layers)} layers, {report.quantized_weights:,} weights, {share:.1%} of the model",
+        "left as it was": _skipped(report),
+        "mean proxy loss": f"{report.mean_loss:.3%}",
+        "calibration": report.calibration,
+        "time": f"{minutes} min {seconds} s",
+        "peak memory": file_size(report.peak_memory_bytes),
+    }
+    output().print(facts(rows))
+
+
+def _skipped(report: Report) -> str:
+    """Every parameter left alone is in report.json; here, how many for which reason."""
+    reasons: dict[str, int] = {}
+    for reason in report.skipped.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
