@@ -46,7 +46,7 @@ def extension() -> dict:
         include_dirs=[str(Path("csrc").resolve())],
         depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_2_10)],
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"],
         py_limited_api=True,
     )
     return {

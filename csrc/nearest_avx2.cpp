@@ -1,6 +1,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
 #include "nearest.h"
 
 #define VPTQ_TARGET "avx2,fma"

@@ -1,12 +1,17 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
 #include "nearest.h"
 
 #define VPTQ_TARGET "avx2,fma,avx512f,avx512dq"
 #define VPTQ_ISA avx512
 #define VPTQ_LANES 16
-#define VPTQ_TILE 8
+#define VPTQ_TILE 6
 #include "target_begin.h"
 #include "nearest_body.h"
 #include "target_end.h"

@@ -1,4 +1,9 @@
 // 128-bit vectors: SSE2 on x86-64, NEON on 64-bit ARM, whatever the compiler makes of them elsewhere.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
 #include "nearest.h"
 
 #define VPTQ_ISA generic
