@@ -1,0 +1,76 @@
+"""Which kernels run: chosen by VPTQ_BACKEND once a process, so each case is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+REPORT = """
+import dataclasses, json, sys, warnings
+if sys.argv[1] == "without":
+    sys.modules["vptq._C"] = None  # importing it fails, as where it was never built
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from vptq import ops
+import torch
+kernel = torch._C._dispatch_has_kernel_for_dispatch_key("vptq::nearest", "CPU")
+print(json.dumps({
+    "backends": {status.name: dataclasses.asdict(status) for status in ops.backends()},
+    "kernel": kernel,
+    "nearest": ops.nearest(torch.tensor([[0.9]]), torch.tensor([[0.0], [1.0]]))[0].tolist(),
+    "warnings": [str(warning.message) for warning in caught],
+}))
+"""
+
+
+def report(extension: str, backend: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "VPTQ_BACKEND"}
+    if backend is not None:
+        environment["VPTQ_BACKEND"] = backend
+    command = [sys.executable, "-c", REPORT, extension]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_reference_loads_no_kernels() -> None:
+    found = json.loads(report("with", "reference").stdout)
+    assert [name for name, status in found["backends"].items() if status["active"]] == ["reference"]
+    assert found["backends"]["cpu"]["reason"] == "not loaded: VPTQ_BACKEND=reference"
+    assert not found["kernel"]
+    assert found["nearest"] == [[1]]
+    assert found["warnings"] == []
+
+
+def test_extension_is_used_when_it_is_there() -> None:
+    pytest.importorskip("vptq._C")
+    found = json.loads(report("with", None).stdout)
+    assert found["backends"]["cpu"]["active"]
+    assert "vptq::nearest" in found["backends"]["cpu"]["reason"]
+    assert found["kernel"]
+    assert found["nearest"] == [[1]]
+    assert found["warnings"] == []
+
+
+def test_missing_extension_is_told_once_with_the_remedy() -> None:
+    found = json.loads(report("without", None).stdout)
+    assert not found["backends"]["cpu"]["available"]
+    assert found["nearest"] == [[1]]
+    assert len(found["warnings"]) == 1
+    assert "install a C++ compiler" in found["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("fast", "VPTQ_BACKEND is 'fast'; choose one of reference, cpu, triton, or leave it unset"),
+        ("cpu", "VPTQ_BACKEND=cpu, but the C++ kernels are not usable"),
+        ("triton", "VPTQ_BACKEND=triton, but this version has no Triton kernels"),
+    ],
+)
+def test_a_backend_that_cannot_be_used_is_an_error(backend: str, said: str) -> None:
+    result = report("without", backend)
+    assert result.returncode == 1
+    assert f"BackendError: {said}" in result.stderr.splitlines()[-1]
