@@ -19,6 +19,7 @@ from vptq.config import LayerConfig, QuantConfig
 from vptq.errors import CheckpointError, ConfigError
 from vptq.shards import (
     MAX_SHARD_BYTES,
+    check_index,
     find_shards,
     opened,
     read_header,
@@ -75,6 +76,7 @@ class Checkpoint:
             found = read_header(path)
             files.update(dict.fromkeys(found, path))
             headers.update(found)
+        check_index(folder, files)
         return cls(folder, read_quant_config(folder), headers, files)
 
     def layers(self) -> dict[str, LayerConfig]:

@@ -56,10 +56,7 @@ def find_shards(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
-        shards = sorted(folder / name for name in set(weight_map.values()))
+        shards = sorted(folder / name for name in set(_read_weight_map(index).values()))
         for shard in shards:
             if shard.parent != folder:
                 raise CheckpointError(f"{index}: shard {shard} lies outside the folder")
@@ -76,6 +73,19 @@ def find_shards(folder: str | Path) -> list[Path]:
             f"{folder}: {pickles[0]} is a pickle, which can run code and is not read; convert it to {SINGLE_NAME}"
         )
     raise CheckpointError(f"{folder}: there is no {SINGLE_NAME} and no {INDEX_NAME}")
+
+
+def check_index(folder: Path, files: Mapping[str, Path]) -> None:
+    """Hold a folder's index, if it has one, against what the shards' headers say.
+
+    Raises:
+        CheckpointError: A tensor is not in the shard that the index names.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        for name, shard in _read_weight_map(index).items():
+            if name not in files or files[name].name != shard:
+                raise CheckpointError(f"{index} places tensor {name} in {shard}, which does not hold it")
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, Tensor]:
@@ -230,6 +240,13 @@ def _damage(path: Path, error: Exception) -> str:
         if file.read(4).startswith(_PICKLE_STARTS):
             return "is a pickle, which can run code and is not read; convert it to safetensors"
     return f"is truncated or not a safetensors file ({error}); download or copy it again"
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
