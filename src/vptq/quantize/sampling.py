@@ -7,6 +7,7 @@ goes to which sequence), in a cache that is allocated once instead of being copi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from vptq.quantize.report import ProgressCallback, ProgressEvent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2 * 2**30
 
 
 @torch.inference_mode()
@@ -51,24 +52,32 @@ def sample_sequences(
     Raises:
         CalibrationError: The model's distribution is not finite.
     """
-    device = model.device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     tokens = torch.empty(sequences, seqlen, dtype=torch.int64)
-    batch = max(1, min(sequences, cache_bytes // _cache_bytes_per_sequence(model, seqlen)))
-    for first in range(0, sequences, batch):
-        rows = tokens[first : first + batch]
-        rows[:, 0] = start_token
-        step = torch.full((rows.shape[0], 1), start_token, device=device)
-        cache = _new_cache(model, seqlen)
-        for position in range(1, seqlen):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            step = _draw(output.logits[:, -1], generator)
-            rows[:, position] = step[:, 0]
+    tokens[:, 0] = start_token
+    batch = max(1, cache_bytes // _cache_bytes_per_sequence(model, seqlen))
+    done = 0
+    for rows in tokens.split(batch):
+        for position in _continue(model, rows, generator):
+            # Every token would be more events than there is to see.
             if progress is not None and (position % 16 == 0 or position == seqlen - 1):
-                done = first * seqlen + rows.shape[0] * (position + 1)
-                progress(ProgressEvent("sampling calibration text", done, sequences * seqlen))
+                written = done + rows.shape[0] * (position + 1)
+                progress(ProgressEvent("sampling calibration text", written, tokens.numel()))
+        done += rows.numel()
     return tokens
+
+
+def _continue(model: PreTrainedModel, rows: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
+    """Fill `rows` [batch, seqlen] from their first column on, yielding each position when it is filled."""
+    seqlen = rows.shape[1]
+    step = rows[:, :1].to(model.device)
+    cache = None
+    for position in range(1, seqlen):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values if cache is not None else _with_room(output.past_key_values, seqlen)
+        step = _draw(output.logits[:, -1], generator)
+        rows[:, position] = step[:, 0]
+        yield position
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -92,17 +101,15 @@ def _cache_bytes_per_sequence(model: PreTrainedModel, seqlen: int) -> int:
     return int(2 * config.num_hidden_layers * key_heads * head_dim * seqlen * itemsize)
 
 
-def _new_cache(model: PreTrainedModel, seqlen: int) -> Any:
-    """An empty cache with room for `seqlen` tokens where the model uses the plain kind, else the model's own choice.
+def _with_room(cache: Any, capacity: int) -> Any:
+    """The cache a model made for itself, with its storage allocated once where it is of the plain kind.
 
     transformers' dynamic layers concatenate: every token copies all keys and values so far. Its static ones attend to
     the whole allocated length. Preallocated storage of which the filled part is shown costs neither.
     """
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
-        return None
-    cache = DynamicCache(config=model.config)
-    if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [PreallocatedLayer(seqlen) for _ in cache.layers]
+    if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+        for index, layer in enumerate(cache.layers):
+            cache.layers[index] = PreallocatedLayer.copy_of(layer, capacity)
     return cache
 
 
@@ -117,6 +124,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.filled = 0
+
+    @classmethod
+    def copy_of(cls, filled: Any, capacity: int) -> PreallocatedLayer:
+        """A layer with the keys and values of another one, and room for more."""
+        layer = cls(capacity)
+        layer.update(filled.keys, filled.values)
+        return layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
