@@ -86,6 +86,13 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "max_position_embeddings": 64},
     ),
+    "qwen3.5 text": lambda: transformers.AutoConfig.for_model(
+        "qwen3_5_text",
+        **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8},
+        **{"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    ),
 }
 
 # In turn over the layers of a model, so that one checkpoint holds every kind.

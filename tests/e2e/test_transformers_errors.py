@@ -221,3 +221,17 @@ def test_legacy_carriers_cannot_be_offloaded(make_checkpoint, tmp_path):
     device_map = ON_CPU | {"model.layers.0": "cpu", "model.layers.1": "disk"}
     with pytest.raises(ConfigError, match=rf"{name} is stored as torch.float16.*without offload"):
         load(stored.write(tmp_path / "old"), device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+def test_no_device_boundary_inside_a_layer(make_checkpoint, monkeypatch, tmp_path):
+    """A model that names no unsplittable blocks is cut wherever memory ends, but not between indices and codebooks."""
+    for model_class in (transformers.LlamaPreTrainedModel, transformers.LlamaModel, transformers.LlamaForCausalLM):
+        monkeypatch.setattr(model_class, "_no_split_modules", [])
+    stored = make_checkpoint(dtype=torch.float32)
+    placed: set[str] = set()
+    for limit in range(30_000, 90_000, 4_000):
+        memory = {"cpu": limit, "disk": 10**9}
+        model = load(stored.folder, device_map="sequential", max_memory=memory, offload_folder=tmp_path / "offload")
+        placed |= getattr(model, "hf_device_map", {}).keys()
+    assert placed & stored.weights.keys(), "no limit fell inside a block: the test shows nothing"
+    assert not [path for path in placed for layer in stored.weights if path.startswith(f"{layer}.")]

@@ -229,6 +229,31 @@ def test_quantization_config_inside_the_text_config(make_checkpoint, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_text_model_of_a_composite_checkpoint(make_checkpoint, tmp_path):
+    """AutoModelForCausalLM takes the text model out of some composites, and renames everything on the way."""
+    stored = make_checkpoint("qwen3.5 text", torch.float32)
+    alone = load(stored.folder)
+    composite = copy.deepcopy(stored)
+
+    def inner(path):
+        return path.replace("model.", "model.language_model.", 1)
+
+    composite.tensors = {inner(name): tensor for name, tensor in stored.tensors.items()}
+    quant_config = composite.config.pop("quantization_config")
+    quant_config["config_for_layers"] = {inner(path): e for path, e in quant_config["config_for_layers"].items()}
+    composite.config = {
+        **{"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "dtype": "float32"},
+        **{"text_config": composite.config, "quantization_config": quant_config},
+    }
+    model = load(composite.write(tmp_path / "composite"))
+    assert type(model) is type(alone)
+    assert model.state_dict().keys() == alone.state_dict().keys()
+    assert {path for path, module in model.named_modules() if isinstance(module, VQuantLinear)} == stored.weights.keys()
+    assert torch.equal(logits(model), logits(alone))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(alone))
+
+
 def test_a_bare_decoder_of_a_causal_model(make_checkpoint):
     """transformers strips "model." from the names; the entries keep it."""
     stored = make_checkpoint(dtype=torch.float32)

@@ -55,6 +55,19 @@ def test_the_order_of_imports_does_not_matter(imports: str) -> None:
     run(f"import sys\n{imports}\n{REGISTERED}")
 
 
+def test_an_unsupported_transformers_can_still_be_imported() -> None:
+    """One that has lost a name we need gets a warning instead of an error."""
+    code = """
+import sys, warnings, vptq
+sys.modules["vptq.integrations.matching"] = None  # importing it fails, as if it had asked for the lost name
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import transformers.quantizers.auto
+print([str(warning.message) for warning in caught if "vptq" in str(warning.message)])
+"""
+    assert "vptq cannot register" in run(code)
+
+
 def test_public_names_exist() -> None:
     for name in vptq.__all__:
         assert getattr(vptq, name) is not None

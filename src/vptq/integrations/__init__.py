@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -31,7 +32,15 @@ def install_transformers_hook() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("vptq.integrations.transformers").register()
+    try:
+        importlib.import_module("vptq.integrations.transformers").register()
+    except ImportError as error:
+        # We are inside somebody's `import transformers`, who may not want a quantized model at all.
+        warnings.warn(
+            f"vptq cannot register with this version of transformers ({error}); VPTQ checkpoints will not load through "
+            "it, install one of the versions that vptq asks for",
+            stacklevel=2,
+        )
 
 
 class _PostImportFinder(MetaPathFinder):
