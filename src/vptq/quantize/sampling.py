@@ -57,7 +57,7 @@ def sample_sequences(
     tokens[:, 0] = start_token
     batch = max(1, cache_bytes // _cache_bytes_per_sequence(model, seqlen))
     done = 0
-    for rows in tokens.split(batch):
+    for rows in tokens.split(batch):  # type: ignore[no-untyped-call]
         for position in _continue(model, rows, generator):
             # Every token would be more events than there is to see.
             if progress is not None and (position % 16 == 0 or position == seqlen - 1):
