@@ -1,0 +1,99 @@
+"""Write the tables of README.md from the result files in benchmarks/results, or check that they are current.
+
+    python docs/tables.py [--check]
+
+A figure in the README that no committed result file holds is one that nobody can trace; so none is typed by hand.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md",)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, the key of the row it shows, and how to format it."""
+
+    heading: str
+    key: str
+    form: str = "{}"
+
+    def cell(self, row: dict[str, Any]) -> str:
+        """The row's value as text; a dash where it was not measured."""
+        value = row.get(self.key)
+        return "-" if value is None else self.form.format(value)
+
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "smollm2": (
+        Column("spec", "spec", "`{}`"),
+        Column("bits per weight", "bits_per_weight", "{:.2f}"),
+        Column("perplexity", "perplexity", "{:.2f}"),
+        Column("KL to the original", "divergence", "{:.3f}"),
+        Column("mean proxy loss", "proxy_loss", "{:.2%}"),
+        Column("seconds", "seconds", "{:.0f}"),
+        Column("published algorithm: perplexity", "published_perplexity", "{:.1f}"),
+        Column("its proxy loss", "published_proxy_loss", "{:.2%}"),
+    ),
+    "nearest": (
+        Column("vectors", "vectors", "{:,}"),
+        Column("centroids", "centroids", "{:,}"),
+        Column("length", "vector_len"),
+        Column("beam", "beam"),
+        Column("C++ seconds", "seconds", "{:.4f}"),
+        Column("PyTorch seconds", "torch_seconds", "{:.4f}"),
+        Column("times faster", "ratio", "{:.1f}"),
+        Column("GFLOP/s", "gflops", "{:.0f}"),
+    ),
+}
+
+
+def render(name: str) -> str:
+    """The Markdown table of benchmarks/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"(`{path.relative_to(ROOT)}` has not been measured yet.)"
+    columns = TABLES[name]
+    rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())["rows"]]
+    lines = [[column.heading for column in columns], ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(page: str) -> str:
+    """A page with its tables rendered anew."""
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{render(match[2])}\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the README's tables from the committed results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is out of date")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = page.read_text()
+        current = fill(text)
+        if current == text:
+            continue
+        if check:
+            sys.exit(f"{page.relative_to(ROOT)} has tables that are out of date; run python docs/tables.py")
+        page.write_text(current)
+        print(f"wrote the tables of {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

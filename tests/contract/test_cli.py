@@ -1,0 +1,303 @@
+"""The command line keeps its promises: options, help, README commands, exit status, one line per error."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vptq.cli import app, generate, main
+
+README = Path(__file__).parents[2] / "README.md"
+COMMANDS: Any = typer.main.get_command(app)
+
+# What scripts out there rely on; options may be added, and none of these may go.
+PROMISED = {
+    "": {"--model", "--tokenizer", "--prompt", "--chat", "--chat-system-prompt"},
+    "quantize": {
+        *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
+        *("--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
+        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
+    },
+    "eval": {"--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"},
+    "info": {"--layers", "--no-layers"},
+    "env": set(),
+}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def command(name: str) -> Any:
+    return COMMANDS.commands[name] if name else COMMANDS
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_help_names_every_option_in_full(name: str, run: Run) -> None:
+    status, out, _ = run(*name.split(), "--help")
+    assert status == 0
+    options = {flag for parameter in command(name).params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    options = {option for option in options if option.startswith("-")}
+    assert options >= PROMISED[name]
+    for option in options:
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", out), f"{option} is not in the help of {name!r}"
+    for parameter in command(name).params:
+        if parameter.help:
+            assert "".join(parameter.help.split()) in "".join(out.split()), "a help text is cut off"
+
+
+def test_every_command_is_in_the_help(run: Run) -> None:
+    _, out, _ = run("--help")
+    assert set(PROMISED) == {"", *COMMANDS.commands}
+    for name in COMMANDS.commands:
+        assert re.search(rf"^  {name} +\S.*[^.]\.$", out, re.MULTILINE), f"{name} is missing or its line is cut off"
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.match(r"(vptq|python -m vptq)\b", line)]
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {shlex.split(line, comments=True)[1] for line in readme_commands() if line.startswith("vptq")}
+    assert shown == set(COMMANDS.commands)
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_commands_parse(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    arguments = words[1:] if words[0] == "vptq" else words[3:]
+    name = arguments.pop(0) if arguments[0] in COMMANDS.commands else ""
+    command(name).make_context(name or "vptq", arguments)  # raises on anything unknown; does not run it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model"),
+        (["--no-such-option"], "No such option"),
+        (["nonsense"], "No such command"),
+        (["quantize", "model"], "--output"),
+        (["quantize", "model", "-o", "out", "--spec", "v8-k256", "--bits", "2"], "not both"),
+        (["quantize", "model", "-o", "out", "--resume", "--overwrite"], "not both"),
+        (["quantize", "model", "-o", "out", "--sequences", "0"], "--sequences"),
+        (["quantize", "model", "-o", "out", "--dtype", "int8"], "--dtype"),
+        (["eval"], "MODEL"),
+        (["eval", "model", "--seqlen", "1"], "--seqlen"),
+        (["info"], "SPEC"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "MODEL", "-o", "out", "--spec", "nonsense"], "not a quantization spec"),
+        (["quantize", "MODEL", "-o", "out", "--spec", "v8-k1000"], "power of two"),
+        (["quantize", "MODEL", "-o", "out", "--spec", "v7-k256"], "no kernel takes"),
+        (["quantize", "MODEL", "-o", "out", "--bits", "7"], "no spec for 7 bits"),
+        (["quantize", "./missing", "-o", "out"], "no model at ./missing"),
+        (["quantize", "./missing", "-o", "out", "--spec", "v4-k16"], "no model at ./missing"),
+        (["quantize", "MODEL", "-o", "out", "--spec", "v4-k16", "--calibration", "./no.txt"], "no text at"),
+        (["quantize", "MODEL", "-o", "out", "--spec", "v4-k16", "--calibration", "EMPTY"], "is empty"),
+        (["quantize", "MODEL", "-o", "MODEL", "--spec", "v4-k16"], "exists"),
+        (["eval", "./missing"], "no model at ./missing"),
+        (["eval", "MODEL", "--text", "./no.txt"], "no text at"),
+        (["eval", "MODEL", "--text", "EMPTY"], "is empty"),
+        (["eval", "MODEL", "--text", "TEXT", "--json", "no/such/folder/file.json"], "--json"),
+        (["info", "./missing"], "no folder ./missing"),
+        (["info", "Llama-3-8B"], "not a quantization spec"),
+        (["info", "MODEL"], "not a quantized model"),
+        (["--model", "./missing"], "no model at ./missing"),
+    ],
+)
+def test_an_error_is_one_line_exit_1_and_nothing_written(
+    arguments: list[str],
+    message: str,
+    run: Run,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "text.txt").write_text("ba de fi go ku " * 50)
+    places = {"MODEL": tiny_model_folder, "EMPTY": tmp_path / "empty.txt", "TEXT": tmp_path / "text.txt"}
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path, tiny_model_folder)
+    status, out, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert status == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert snapshot(tmp_path, tiny_model_folder) == before
+
+
+def snapshot(*folders: Path) -> dict[Path, float]:
+    return {path: path.stat().st_mtime for folder in folders for path in [folder, *folder.rglob("*")]}
+
+
+def test_info_of_a_published_name(run: Run) -> None:
+    status, out, _ = run("info", "Meta-Llama-3.1-70B-Instruct-v8-k65536-256-woft")
+    assert status == 0
+    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in out.splitlines() if "  " in line.strip())
+    assert facts["spec"] == "v8-k65536-256"
+    assert facts["index bits per weight"] == "3"
+    assert facts["main codebook"] == "65,536 centroids"
+    assert facts["residual codebook"] == "256 centroids"
+    assert facts["size"].startswith("about 26.2 GB for 70B weights, 140 GB in 16 bits")
+    # 4096^2 / 8 vectors of 24 bits, codebooks of 65792 x 8 float16, and a 16-bit perm of 4096 columns
+    true_bits = (4096**2 // 8 * 24 + 65792 * 8 * 16 + 4096 * 16) / 4096**2
+    assert facts["4096 x 4096"].endswith(f"{true_bits:.3f}")
+
+
+def test_env_names_every_backend_with_a_reason(run: Run) -> None:
+    from vptq.ops import backends
+
+    status, out, _ = run("env")
+    assert status == 0
+    flat = " ".join(out.split())
+    for backend in backends():
+        assert re.search(rf"^{backend.name} +(in use|not used) +\S", out, re.MULTILINE)
+        assert backend.reason.split()[0] in flat
+    assert "torch" in flat
+
+
+def test_eval_prints_and_writes_the_figures(run: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
+    import json
+
+    text, figures = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("ba de fi go ku " * 20)
+    status, out, err = run(
+        *("eval", tiny_model_folder, "--reference", tiny_model_folder, "--text", text),
+        *("--seqlen", "16", "--windows", "3", "--json", figures, "--device", "cpu"),
+    )
+    assert (status, err) == (0, "")
+    measured = json.loads(figures.read_text())
+    assert (measured["windows"], measured["seqlen"]) == (3, 16)
+    assert measured["kl_divergence"] == pytest.approx(0, abs=1e-9)
+    assert f"{measured['perplexity']:.4f}" in out
+    status, _, err = run("eval", tiny_model_folder, "--text", text, "--seqlen", "512", "--device", "cpu")
+    assert status == 0
+    assert err.startswith("warning: ")
+    assert "only 100 tokens" in err
+
+
+def test_a_prompt_is_continued(run: Run, tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    status, out, _ = run("--model", tiny_model_folder, "--prompt", "ba de fi")
+    assert status == 0
+    words = out.split()
+    assert words[:3] == ["ba", "de", "fi"]
+    assert len(words) > 3
+    assert set(words) <= set(tiny_tokenizer.get_vocab())
+
+
+def test_the_module_runs_the_same_commands(tiny_model_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vptq", "info", "v8-k256"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "256 centroids" in done.stdout
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The text of every model input from here on."""
+    seen: list[str] = []
+    stream = generate._stream
+
+    def spy(model: Any, tokenizer: Any, inputs: Any, *args: Any, **settings: Any) -> str:
+        seen.append(tokenizer.decode(inputs["input_ids"][0]))
+        return stream(model, tokenizer, inputs, 4, **{**settings, "do_sample": False})
+
+    monkeypatch.setattr(generate, "_stream", spy)
+    return seen
+
+
+@pytest.mark.parametrize("end", ["exit\n", "\n", ""])
+def test_chat_remembers_and_ends(
+    end: str, run: Run, tiny_model_folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"ba de\nfi go\n{end}"))
+    status, out, _ = run("--model", tiny_model_folder, "--chat", "--chat-system-prompt", "ku ku")
+    assert status == 0
+    assert len(prompts) == 2
+    assert out.count("You: ") == 3
+    unknown_role = "<unk>"  # the tiny vocabulary has no words for the roles
+    assert prompts[0].split() == f"<s> {unknown_role} ku ku </s> <s> {unknown_role} ba de </s> <s>".split()
+    assert prompts[1].startswith(prompts[0].removesuffix("<s>").strip())
+    assert prompts[1].split()[-6:] == f"<s> {unknown_role} fi go </s> <s>".split()
+    assert prompts[1].count(unknown_role) >= 4, "the reply is part of the conversation"
+
+
+def test_chat_without_a_template_continues_the_prompt(
+    run: Run, tiny_model_folder: Path, tmp_path: Path, prompts: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    status, out, err = run("--model", tiny_model_folder, "--tokenizer", tmp_path / "plain", "--chat", "--prompt", "ba")
+    assert status == 0
+    assert "no chat template" in err
+    assert err.count("\n") == 1
+    assert out.startswith("ba ")
+    assert len(prompts) == 1
+
+
+def test_a_template_without_a_system_role_gets_it_in_the_first_question(
+    tiny_model_folder: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}"
+        "{% endif %}{{ message['content'] }} </s> {% endfor %}"
+    )
+    history = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "de"}]
+    inputs = generate.chat_inputs(tokenizer, "ku ku", history)
+    assert tokenizer.decode(inputs["input_ids"][0]).split() == "ku ku ba </s> de </s>".split()
+    tokenizer.chat_template = "{{ raise_exception('broken') }}"
+    with pytest.raises(Exception, match="broken"):
+        generate.chat_inputs(tokenizer, "", history)
+
+
+def test_help_is_instant() -> None:
+    """No torch, no transformers: seconds that a mistyped option should not cost."""
+    code = (
+        "import sys\n"
+        "from vptq.cli import main\n"
+        "try: main(['quantize', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,99 @@
+"""What the README tells a reader to type exists, and its tables are those of the committed results."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import vptq
+from vptq.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> Iterator[str]:
+    yield from re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def shell_lines() -> list[str]:
+    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse a command line of ours without running it; whatever running it would refuse raises."""
+    group: Any = typer.main.get_command(app)
+    if arguments and arguments[0] in group.commands:
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    else:
+        group.make_context("vptq", arguments)
+
+
+def test_the_readme_has_commands_and_python() -> None:
+    assert len(shell_lines()) >= 5
+    assert any(blocks("python"))
+
+
+@pytest.mark.parametrize("line", shell_lines(), ids=lambda line: line.partition("#")[0].strip())
+def test_shell_command_is_understood(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "vptq":
+        parse(words[1:])
+    elif words[:3] == ["python", "-m", "vptq"]:
+        parse(words[3:])
+    elif words[:2] == ["pip", "install"] or words[0] in ("git", "cd"):
+        return
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        pytest.fail(f"nobody checks commands of {words[0]}")
+
+
+def test_a_wrong_option_would_be_noticed() -> None:
+    with pytest.raises(Exception, match="[Nn]o such option"):
+        parse(["quantize", "MODEL", "-o", "DIR", "--no-such-option"])
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_uses_names_that_exist(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vptq":
+            assert node.attr in vptq.__all__
+            assert getattr(vptq, node.attr) is not None
+
+
+def test_file_map_names_files_that_exist() -> None:
+    section = README.partition("## Where things are")[2].partition("\n## ")[0]
+    paths = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    assert len(paths) >= 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_tables_are_up_to_date() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs/tables.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_extra_the_readme_names_is_declared() -> None:
+    declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    named = {extra for group in re.findall(r"\.\[([\w,]+)\]", README) for extra in group.split(",")}
+    assert named <= set(declared)
