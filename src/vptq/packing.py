@@ -73,15 +73,25 @@ def unpack(packed: Tensor, index_bits: int, residual_bits: int, count: int) -> t
     num_words = -(-count * bits // WORD_BITS)
     if packed.shape[-1] < num_words:
         raise ConfigError(f"{count} values of {bits} bits need {num_words} words a row; there are {packed.shape[-1]}")
-    words = torch.nn.functional.pad(packed.to(torch.int64) & _WORD_MASK, (0, 1))
     word, shift = _positions(count, bits, packed.device)
-    low, high = words.index_select(-1, word), words.index_select(-1, word + 1)
+    windows = _windows(packed)
+    values = windows.gather(-1, word.expand(*windows.shape[:-1], count))
     # The sign bit of the window is bit 63; a value ends at bit 62 or below, so the arithmetic shift never shows it.
-    values = (low | high << WORD_BITS) >> shift
+    values >>= shift
     main = values & ((1 << index_bits) - 1)
     if residual_bits == 0:
         return main, None
-    return main, values >> index_bits & ((1 << residual_bits) - 1)
+    values >>= index_bits
+    values &= (1 << residual_bits) - 1
+    return main, values
+
+
+def _windows(packed: Tensor) -> Tensor:
+    """Every word with the next one above it, as int64 [..., words]: each value lies within one of these."""
+    pairs = packed.new_zeros(*packed.shape, 2)
+    pairs[..., 0] = packed
+    pairs[..., :-1, 1] = packed[..., 1:]
+    return pairs.view(torch.int64).squeeze(-1)
 
 
 def from_carrier(stored: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_layers_of_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (FULL.in_features, FULL.out_features, FULL.vector_len, FULL.outlier_vector_len)
     tensors = VQuantLinear.from_tensors(FULL, stored)._stored()
     for band in (1, 1500, 1 << 30):
-        monkeypatch.setattr(dense, "_BAND_WEIGHTS", band)
+        monkeypatch.setitem(dense._BAND_WEIGHTS, "cpu", band)
         weight = dense.dequantize(*tensors, *arguments)  # type: ignore[arg-type]
         assert torch.equal(weight, reference.dequantize(FULL, stored))
 
