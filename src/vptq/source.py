@@ -105,14 +105,15 @@ def load_config(
 def load_tokenizer(
     model: str | Path | ModelSource, *, trust_remote_code: bool = False, token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Read a model's tokenizer; for a GGUF file, the one inside.
+    """Read a model's tokenizer; for a GGUF file, the one inside. A folder may hold a tokenizer and nothing else.
 
     Raises:
         ConfigError: There is no such model, or it has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(model)
+    alone = not isinstance(model, ModelSource) and Path(model, "tokenizer_config.json").is_file()
+    source = ModelSource(str(model)) if alone else resolve_model(model)
     tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, source, trust_remote_code=trust_remote_code, token=token)
     return tokenizer
 

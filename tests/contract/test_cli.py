@@ -1,8 +1,7 @@
-"""The command line keeps its promises: options, help, README commands, exit status, one line per error."""
+"""The command line keeps its promises: options, help, exit status, one line per error."""
 
 import io
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,23 +71,9 @@ def test_every_command_is_in_the_help(run: Run) -> None:
         assert re.search(rf"^  {name} +\S.*[^.]\.$", out, re.MULTILINE), f"{name} is missing or its line is cut off"
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"(vptq|python -m vptq)\b", line)]
-
-
 def test_the_readme_shows_every_command() -> None:
-    shown = {shlex.split(line, comments=True)[1] for line in readme_commands() if line.startswith("vptq")}
+    shown = set(re.findall(r"^vptq (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE))
     assert shown == set(COMMANDS.commands)
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_commands_parse(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    arguments = words[1:] if words[0] == "vptq" else words[3:]
-    name = arguments.pop(0) if arguments[0] in COMMANDS.commands else ""
-    command(name).make_context(name or "vptq", arguments)  # raises on anything unknown; does not run it
 
 
 @pytest.mark.parametrize(
@@ -283,7 +268,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_question(
     )
     history = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "de"}]
     inputs = generate.chat_inputs(tokenizer, "ku ku", history)
-    assert tokenizer.decode(inputs["input_ids"][0]).split() == "ku ku ba </s> de </s>".split()
+    assert tokenizer.decode(inputs["input_ids"][0]).split() == ["ku", "ku", "ba", "</s>", "de", "</s>"]
     tokenizer.chat_template = "{{ raise_exception('broken') }}"
     with pytest.raises(Exception, match="broken"):
         generate.chat_inputs(tokenizer, "", history)

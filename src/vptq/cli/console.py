@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 
-from vptq.quantize.report import ProgressEvent
+if TYPE_CHECKING:
+    from vptq.quantize.report import ProgressEvent
 
 
 def output() -> Console:
@@ -84,6 +86,7 @@ class StageBars:
     """
 
     def __init__(self) -> None:
+        console = messages()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -93,7 +96,8 @@ class StageBars:
             # A plain average: layers differ in size in a pattern that repeats over minutes, not seconds.
             TimeLeftColumn(compact=True),
             TextColumn("left {task.fields[layer]}", style="dim"),
-            console=messages(),
+            console=console,
+            disable=not console.is_terminal,
             speed_estimate_period=3600,
             transient=True,
         )

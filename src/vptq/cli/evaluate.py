@@ -61,12 +61,14 @@ def evaluate(
 
 
 def _bar() -> Progress:
+    console = messages()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        console=messages(),
+        console=console,
+        disable=not console.is_terminal,
         transient=True,
     )
 

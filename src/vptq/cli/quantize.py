@@ -99,13 +99,14 @@ def quantize(
         raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
     import torch
 
-    from vptq.quantize.pipeline import quantize as quantize_model
     from vptq.spec import QuantSpec
 
     quiet_transformers()
     chosen = (
         QuantSpec.parse(spec) if spec is not None else _spec_for_model(model, DEFAULT_BITS if bits is None else bits)
     )
+    from vptq.quantize.pipeline import quantize as quantize_model
+
     with StageBars() as bars:
         report = quantize_model(
             model,
