@@ -1,0 +1,99 @@
+"""Commands on a quantized folder: info, eval, and generating text."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from vptq.cli import main
+from vptq.quantize.report import LayerReport, Report, save_report
+
+
+@pytest.fixture(scope="module")
+def stored(make_checkpoint: Callable[..., Any], tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A quantized Llama with every kind of layer, and the tokenizer beside it."""
+    checkpoint = make_checkpoint()
+    tiny_tokenizer.save_pretrained(checkpoint.folder)
+    return checkpoint
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def test_info_shows_true_bits_sizes_and_every_layer(
+    stored: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = run(capsys, "info", stored.folder)
+    assert status == 0
+    configs = {name: weight.config for name, weight in stored.weights.items()}
+    bits = 0
+    for name, weight in stored.weights.items():
+        tensors = weight.to_tensors(stored.tensors["model.norm.weight"].dtype)
+        stored_bits = sum(tensor.numel() * tensor.itemsize * 8 for key, tensor in tensors.items() if key != "bias")
+        bits += stored_bits
+        row = next(line for line in out.splitlines() if line.startswith(name))
+        config = configs[name]
+        assert f"{config.out_features} x {config.in_features}" in row
+        assert f"v{config.vector_len}-k{config.num_centroids}" in row
+        assert row.split()[-1] == f"{stored_bits / (config.out_features * config.in_features):.3f}"
+    weights = sum(config.out_features * config.in_features for config in configs.values())
+    assert re.search(rf"bits per weight +{bits / weights:.3f}", out)
+    assert f"{len(configs)} quantized, {weights:,} weights" in out
+
+
+def test_info_leaves_the_layers_out_when_told(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", stored.folder, "--no-layers")
+    assert status == 0
+    assert "bits per weight" in out
+    assert not any(name in out for name in stored.weights)
+
+
+def test_info_adds_what_the_report_knows(
+    stored: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = stored.write(tmp_path / "model")
+    name, weight = next(iter(stored.weights.items()))
+    layer = LayerReport(name, weight.config.to_entry(), 3.0, {"k-means": 0.2, "refit": 0.0321}, 1.0, 0.01)
+    report = Report("original-name", "v4-k16", 3.0, [layer], 1.0, 1, "some text", 0, 1, 2)
+    save_report(report, folder)
+    status, out, _ = run(capsys, "info", folder)
+    assert status == 0
+    assert "original-name" in out
+    assert next(line for line in out.splitlines() if line.startswith(name)).endswith("3.210%")
+
+
+def test_info_of_a_damaged_folder_is_one_line(stored: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stored.write(tmp_path / "model")
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    status, out, err = run(capsys, "info", folder)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_eval_and_generate_take_a_quantized_folder(
+    stored: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, figures = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("ba de fi go ku " * 20)
+    arguments = ("--text", text, "--seqlen", "20", "--json", figures, "--dtype", "float32", "--device", "cpu")
+    status, _, _ = run(capsys, "eval", stored.folder, "--reference", stored.folder, *arguments)
+    assert status == 0
+    measured = json.loads(figures.read_text())
+    assert measured["windows"] == 5
+    assert measured["perplexity"] > 1
+    assert measured["kl_divergence"] == pytest.approx(0, abs=1e-9)
+    status, out, _ = run(capsys, "--model", stored.folder, "--prompt", "ba de")
+    assert status == 0
+    assert out.startswith("ba de")
