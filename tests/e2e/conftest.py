@@ -86,6 +86,10 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "max_position_embeddings": 64},
     ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
+    ),
     "qwen3.5 text": lambda: transformers.AutoConfig.for_model(
         "qwen3_5_text",
         **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 2, "head_dim": 16},

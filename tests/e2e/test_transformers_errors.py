@@ -112,6 +112,23 @@ def test_an_entry_for_what_is_no_linear_layer(make_checkpoint, refused, path):
     refused(stored, ConfigError, rf"config_for_layers\['{path}'\].*transformers version")
 
 
+DENSE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("damage", [lambda t: t[:-1], lambda t: t.to(torch.int32)], ids=["shape", "dtype"])
+def test_a_dense_tensor_that_contradicts_the_model(make_checkpoint, refused, name, damage):
+    stored = copy.deepcopy(make_checkpoint())
+    stored.tensors[name] = damage(stored.tensors[name])
+    refused(stored, CheckpointError, rf"^{name} (has shape|is torch.int32).*the model's is")
+
+
+def test_quantized_tensors_without_an_entry(make_checkpoint, refused):
+    stored = copy.deepcopy(make_checkpoint())
+    del stored.config["quantization_config"]["config_for_layers"][Q_PROJ]
+    refused(stored, CheckpointError, f"{Q_PROJ} is stored quantized, but quantization_config has no entry")
+
+
 def test_a_tied_output_embedding_cannot_be_quantized(make_checkpoint, refused):
     stored = copy.deepcopy(make_checkpoint("tied llama"))
     entries = stored.config["quantization_config"]["config_for_layers"]

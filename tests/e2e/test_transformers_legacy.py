@@ -192,6 +192,9 @@ def test_the_output_embedding_may_be_quantized(make_checkpoint, tmp_path):
     model = load(legacy.write(tmp_path / "head"))
     assert isinstance(model.lm_head, VQuantLinear)
     assert logits(model).shape == (2, 6, 96)
+    decoder = transformers.AutoModel.from_pretrained(tmp_path / "head")  # which has no place for the head, nor needs it
+    with torch.no_grad():
+        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
 def test_quantization_config_inside_the_text_config(make_checkpoint, tmp_path):
@@ -252,6 +255,29 @@ def test_the_text_model_of_a_composite_checkpoint(make_checkpoint, tmp_path):
     assert torch.equal(logits(model), logits(alone))
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(alone))
+
+
+def test_quantized_attention_beside_dense_experts(make_checkpoint, tmp_path):
+    """transformers fuses the experts' weights while loading: their stored shapes are nobody's parameters."""
+    stored = copy.deepcopy(make_checkpoint("mixtral", torch.float32))
+    assert stored.weights.keys() == {
+        f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in ("q", "k", "v", "o")
+    }
+    fused = {name: stored.tensors.pop(name) for name in list(stored.tensors) if ".mlp." in name}
+    dense = transformers.MixtralForCausalLM(transformers.MixtralConfig(**stored.config | {"quantization_config": None}))
+    dense.load_state_dict(fused, strict=False)
+    dense.save_pretrained(tmp_path / "dense")  # one tensor an expert, as the hub has them
+    apart = {k: t for k, t in load_file(tmp_path / "dense/model.safetensors").items() if ".block_sparse_moe." in k}
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in apart
+    stored.tensors |= apart
+    model = load(stored.write(tmp_path / "hub"))
+    assert fused
+    for name, tensor in fused.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert saved.keys() == stored.tensors.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in stored.tensors.items())
 
 
 def test_a_bare_decoder_of_a_causal_model(make_checkpoint):

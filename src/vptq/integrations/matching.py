@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vptq.config import LayerConfig, QuantConfig
-from vptq.errors import ConfigError
+from vptq.errors import CheckpointError, ConfigError
 from vptq.weight import check_stored
 
 if TYPE_CHECKING:
@@ -62,22 +62,23 @@ def match_layers(
         CheckpointError: A stored tensor contradicts its entry.
     """
     modules = dict(model.named_modules())
+    names = _ModelNames(model)
     stored = _group_by_module(headers or {})
-    entries = _by_model_path(model, modules, config.layers)
-    files = _by_model_path(model, modules, (path for path, group in stored.items() if _WEIGHTS & group.keys()))
+    entries = {names.of_module(path): path for path in config.layers}
+    files = {names.of_module(path): path for path, group in stored.items() if _WEIGHTS & group.keys()}
     _check_entries_have_a_place(modules, entries)
 
     matches = []
     for path, module in modules.items():
         stored_path = entries.get(path) or files.get(path) or path
-        entry = config.layer_for(stored_path)
-        if entry is None or not isinstance(module, nn.Linear):
-            continue
         group = stored.get(files.get(path, stored_path), {})
+        entry = config.layer_for(stored_path) if isinstance(module, nn.Linear) else None
         if headers is None:
-            if is_excluded(path):
-                continue
-        elif "weight" in group and (path not in entries or is_excluded(path)):
+            stays_dense = is_excluded(path)
+        else:
+            stays_dense = "weight" in group and (path not in entries or is_excluded(path))
+        if entry is None or stays_dense:
+            _check_dense(module, group, stored_path, names)
             continue
         layer = _fit_to_module(entry, module, stored_path)
         if headers is not None:
@@ -103,26 +104,34 @@ def _group_by_module(headers: Headers) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def _by_model_path(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], stored_paths: Iterable[str]
-) -> dict[str, str]:
-    """Stored path of each module path, following transformers' own renaming of checkpoint keys."""
-    found = {path: path for path in stored_paths}
-    strangers = [path for path in found if path not in modules]
-    if not strangers:
-        return found
+class _ModelNames:
+    """transformers' own renaming of checkpoint keys to the names of one model."""
 
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    parameters = model.state_dict()
-    for path in strangers:
-        key, _ = rename_source_key(f"{path}.weight", renamings, [], model.base_model_prefix, parameters)
-        renamed = key.removesuffix(".weight")
-        if renamed in modules and renamed not in found:
-            found[renamed] = found.pop(path)
-    return found
+        steps = get_model_conversion_mapping(model)
+        self._renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        self._converters = [step for step in steps if isinstance(step, WeightConverter)]
+        self._parameters = model.state_dict()
+        self._prefix = model.base_model_prefix
+
+    def of_module(self, stored_path: str) -> str:
+        """The model's path of the linear layer that the checkpoint calls `stored_path`."""
+        from transformers.core_model_loading import rename_source_key
+
+        key = f"{stored_path}.weight"
+        if key in self._parameters:
+            return stored_path
+        renamed, _ = rename_source_key(key, self._renamings, [], self._prefix, self._parameters)
+        return renamed.removesuffix(".weight") if renamed in self._parameters else stored_path
+
+    def are_converted(self, key: str) -> bool:
+        """Whether transformers computes something from this tensor, so that its shape is not that of a parameter."""
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(key, self._renamings, self._converters)[1] is not None
 
 
 def _check_entries_have_a_place(modules: Mapping[str, nn.Module], entries: Mapping[str, str]) -> None:
@@ -149,6 +158,25 @@ def _check_entries_have_a_place(modules: Mapping[str, nn.Module], entries: Mappi
             f"config_for_layers[{stored_path!r}] quantizes a linear layer, but the model has {found} there; this "
             "checkpoint needs the model class and transformers version that it was made with"
         )
+
+
+def _check_dense(module: nn.Module, group: Headers, where: str, names: _ModelNames) -> None:
+    """Check what is stored for a module that stays as it is.
+
+    For a quantized model transformers compares no shapes, and of a tensor without a place it only warns.
+    """
+    if "centroids.weight" in group:
+        raise CheckpointError(f"{where} is stored quantized, but quantization_config has no entry for it")
+    for name, declared in module.named_parameters(recurse=False):
+        header = group.get(name)
+        if header is None or names.are_converted(f"{where}.{name}"):
+            continue
+        if header.shape != declared.shape:
+            raise CheckpointError(
+                f"{where}.{name} has shape {tuple(header.shape)}; the model's is {tuple(declared.shape)}"
+            )
+        if header.is_floating_point() != declared.is_floating_point():
+            raise CheckpointError(f"{where}.{name} is {header.dtype}; the model's is {declared.dtype}")
 
 
 def _fit_to_module(config: LayerConfig, module: nn.Linear, where: str) -> LayerConfig:

@@ -72,7 +72,9 @@ class VptqHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: VptqConfig
 
-    def __init__(self, quantization_config: VptqConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: hf_config.VptqConfig, **kwargs: Any) -> None:
+        if not isinstance(quantization_config, VptqConfig):  # made by hand from the class that transformers exports
+            quantization_config = VptqConfig(**quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
         self._matches: list[LayerMatch] = []
         self._dtype = torch.get_default_dtype()
