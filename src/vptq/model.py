@@ -23,7 +23,7 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *model_args: Any,
         gpu_utilization: float = 1.0,
         **kwargs: Any,
@@ -31,7 +31,7 @@ class AutoModelForCausalLM:
         """Load a model for inference.
 
         Args:
-            path_or_repo: Hub id, local folder, or GGUF file.
+            pretrained_model_name_or_path: Hub id, local folder, or GGUF file.
             *model_args: Passed to the model's constructor.
             gpu_utilization: Share of each GPU's memory to fill, above 0 and at most 1; the rest of the model goes to
                 the CPU. Ignored when `max_memory` is given.
@@ -53,7 +53,7 @@ class AutoModelForCausalLM:
             kwargs["device_map"] = "auto"
         if (dtype := kwargs.pop("torch_dtype", None)) is not None:
             kwargs.setdefault("dtype", dtype)
-        return load_model(path_or_repo, *model_args, **kwargs)
+        return load_model(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 def _memory_limits(share: float) -> dict[int | str, int]:

@@ -11,6 +11,7 @@ import transformers
 
 import vptq
 from vptq.errors import CheckpointError, ConfigError
+from vptq.integrations.transformers import VptqConfig
 from vptq.linear import VQuantLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -94,6 +95,12 @@ def test_an_invalid_entry(make_checkpoint, refused):
     stored = copy.deepcopy(make_checkpoint())
     stored.config["quantization_config"]["config_for_layers"][Q_PROJ]["num_centroids"] = [-1, 12]
     refused(stored, ConfigError, f"{Q_PROJ}.*12.*power of two")
+
+
+def test_a_config_made_by_hand_is_checked_when_it_is_made():
+    entry = {"vector_lens": [-1, 4], "num_centroids": [-1, 12], "num_res_centroids": [-1, -1]}
+    with pytest.raises(ConfigError, match="power of two"):
+        VptqConfig(config_for_layers={Q_PROJ: entry | {"in_features": 8, "out_features": 8, "is_indice_packed": True}})
 
 
 def test_a_dense_weight_where_an_entry_promises_codebooks(make_checkpoint, refused):

@@ -48,6 +48,7 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
         "import transformers; transformers.AutoModelForCausalLM; import vptq",
         "import transformers.quantizers.auto, vptq",
         "import vptq, importlib; importlib.reload(vptq)",
+        "import vptq.integrations.transformers",
         "import vptq, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
     ],
 )

@@ -33,7 +33,7 @@ def install_transformers_hook() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module("vptq.integrations.transformers").register()
+        importlib.import_module("vptq.integrations.transformers")  # registers when it has been imported
     except ImportError as error:
         # We are inside somebody's `import transformers`, who may not want a quantized model at all.
         warnings.warn(

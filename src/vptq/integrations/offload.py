@@ -18,15 +18,9 @@ from vptq.linear import VQuantLinear
 def keep_layers_whole(model: nn.Module) -> None:
     """Make the offload hook of every quantized layer move its codebooks as well. Does nothing without such hooks."""
     for module in model.modules():
-        if not isinstance(module, VQuantLinear):
-            continue
-        for hook in _offload_hooks(module):
-            from accelerate.hooks import remove_hook_from_module
-
-            for child in module.children():
-                remove_hook_from_module(child)
-            hook.place_submodules = True
-            hook.init_hook(module)
+        if isinstance(module, VQuantLinear):
+            for hook in _offload_hooks(module):
+                hook.place_submodules = True
 
 
 def offloaded_tensors(layer: nn.Module) -> dict[str, Tensor]:

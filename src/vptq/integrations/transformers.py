@@ -2,9 +2,9 @@
 
 transformers 5.17 to 5.19 refuses VPTQ without CUDA, its replacement loop fails on every nested model, it looks shared
 entries up under the wrong name, rejects unpacked indices, casts legacy float16 index carriers by value, and installs
-tensors of the wrong shape without a word. `register` puts the two classes below in its place, in the dictionaries that
-`from_pretrained` consults. They hook into the usual loader and do not replace it: transformers still resolves the
-files, streams each tensor to its device, offloads, ties weights and saves.
+tensors of the wrong shape without a word. Importing this module puts the two classes below in their place, in the
+dictionaries that `from_pretrained` consults. They hook into the usual loader and do not replace it: transformers still
+resolves the files, streams each tensor to its device, offloads, ties weights and saves.
 
     before the weights   match the config's entries with the model's linears, check the headers of all shards against
                          `tensor_specs`, put a `VQuantLinear` on the meta device in each place
@@ -48,12 +48,12 @@ class VptqConfig(hf_config.VptqConfig):
     """
 
     def post_init(self) -> None:
-        """Check every entry, and keep them in the form in which they are written back.
+        """Check every entry.
 
         Raises:
             ConfigError: An entry is invalid.
         """
-        self.store(self.parsed())
+        self.parsed()
 
     def parsed(self) -> QuantConfig:
         """The same in this package's words."""
@@ -141,12 +141,6 @@ class VptqHfQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Make `from_pretrained` load VPTQ checkpoints with the classes of this module. Safe to call again."""
-    auto.AUTO_QUANTIZER_MAPPING["vptq"] = VptqHfQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vptq"] = VptqConfig
-
-
 def _declare_stored_carriers(layer: nn.Module, headers: Mapping[str, Tensor]) -> None:
     """Give index tensors on the meta device the dtype that the file has.
 
@@ -210,3 +204,9 @@ def _dense_linear(layer: VQuantLinear, dtype: torch.dtype | None) -> nn.Linear:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
     return dense
+
+
+# As part of the import and not as a function to call: when this module is what imports transformers, the post-import
+# hook comes back here before anything below that import exists.
+auto.AUTO_QUANTIZER_MAPPING["vptq"] = VptqHfQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vptq"] = VptqConfig
