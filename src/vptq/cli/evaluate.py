@@ -38,9 +38,9 @@ def evaluate(
     """Measure perplexity, and the divergence from the original."""
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ConfigError(f"--json {json_file} is no file in a folder that exists; choose another")
+    quiet_transformers()
     from vptq.evaluate import evaluate as evaluate_model
 
-    quiet_transformers()
     with _bar() as bar:
         task = bar.add_task("loading", total=None)
         result = evaluate_model(

@@ -47,9 +47,9 @@ def generate(
         return
     if not model:
         context.fail("Missing option '--model' (to generate text), or a command.")
+    quiet_transformers()
     from vptq.source import load_model, load_tokenizer
 
-    quiet_transformers()
     token = os.environ.get("HF_TOKEN") or None
     loaded_tokenizer = load_tokenizer(tokenizer or model, token=token)
     loaded_model = load_model(model, device_map="auto", token=token)

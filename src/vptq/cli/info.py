@@ -156,17 +156,18 @@ def _form(layer: LayerConfig) -> str:
 
 def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Table:
     losses = {} if report is None else {layer.name: layer.loss for layer in report.layers}
+    # Columns that say the same in every row, or nothing, only take room away from the names.
+    mixed = len(_forms(layers)) > 1
     table = plain_table(
-        "layer", "out x in", "codebooks", "size", "bits per weight", *(["proxy loss"] if losses else [])
+        *("layer", "out x in"),
+        *(["codebooks"] if mixed else []),
+        *("size", "bits"),
+        *(["proxy loss"] if losses else []),
     )
     for name, layer in layers.items():
-        cells = [
-            name,
-            f"{layer.out_features} x {layer.in_features}",
-            _form(layer),
-            file_size(layer.stored_bits / 8),
-            f"{layer.bits_per_weight:.3f}",
-        ]
+        cells = [name, f"{layer.out_features} x {layer.in_features}"]
+        cells += [_form(layer)] if mixed else []
+        cells += [file_size(layer.stored_bits / 8), f"{layer.bits_per_weight:.3f}"]
         if losses:
             cells.append(f"{losses[name]:.3%}" if name in losses else "")
         table.add_row(*cells)

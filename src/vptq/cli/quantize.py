@@ -97,11 +97,11 @@ def quantize(
         raise typer.BadParameter("give --spec or --bits, not both", param_hint="--bits")
     if overwrite and resume:
         raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
+    quiet_transformers()
     import torch
 
     from vptq.spec import QuantSpec
 
-    quiet_transformers()
     chosen = (
         QuantSpec.parse(spec) if spec is not None else _spec_for_model(model, DEFAULT_BITS if bits is None else bits)
     )
