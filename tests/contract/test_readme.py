@@ -63,7 +63,7 @@ def test_shell_command_is_understood(line: str) -> None:
 
 
 def test_a_wrong_option_would_be_noticed() -> None:
-    with pytest.raises(Exception, match="[Nn]o such option"):
+    with pytest.raises(Exception, match=r"[Nn]o such option"):
         parse(["quantize", "MODEL", "-o", "DIR", "--no-such-option"])
 
 
