@@ -112,7 +112,7 @@ def test_wrong_usage_exits_with_2(
         (["quantize", "MODEL", "-o", "out", "--bits", "7"], "no spec for 7 bits"),
         (["quantize", "./missing", "-o", "out"], "no model at ./missing"),
         (["quantize", "./missing", "-o", "out", "--spec", "v4-k16"], "no model at ./missing"),
-        (["quantize", "MODEL", "-o", "out", "--spec", "v4-k16", "--calibration", "./no.txt"], "no text at"),
+        (["quantize", "MODEL", "-o", "out", "--spec", "v4-k16", "--calibration", "./no.txt"], "./no.txt"),
         (["quantize", "MODEL", "-o", "out", "--spec", "v4-k16", "--calibration", "EMPTY"], "is empty"),
         (["quantize", "MODEL", "-o", "MODEL", "--spec", "v4-k16"], "exists"),
         (["eval", "./missing"], "no model at ./missing"),
@@ -147,8 +147,10 @@ def test_an_error_is_one_line_exit_1_and_nothing_written(
     assert snapshot(tmp_path, tiny_model_folder) == before
 
 
-def snapshot(*folders: Path) -> dict[Path, float]:
-    return {path: path.stat().st_mtime for folder in folders for path in [folder, *folder.rglob("*")]}
+def snapshot(*folders: Path) -> dict[Path, int]:
+    """Every file and folder, with when a file was last written; a folder's own time tells of what is gone again."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in paths}
 
 
 def test_info_of_a_published_name(run: Run) -> None:

@@ -97,3 +97,39 @@ def test_eval_and_generate_take_a_quantized_folder(
     status, out, _ = run(capsys, "--model", stored.folder, "--prompt", "ba de")
     assert status == 0
     assert out.startswith("ba de")
+
+
+def test_quantize_writes_a_folder_that_every_command_takes(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "quantized"
+    text.write_text("ba de fi go ku lo ma " * 200)
+    arguments = ("--spec", "v4-k16", "--calibration", text, "--sequences", "4", "--seqlen", "32", "--device", "cpu")
+    status, out, err = run(capsys, "quantize", tiny_model_folder, "-o", folder, *arguments)
+    assert status == 0, err
+    report = json.loads((folder / "report.json").read_text())
+    assert f"{report['bits_per_weight']:.3f}" in out
+    assert "14 layers" in out
+    assert all(layer["name"] in err for layer in report["layers"]), "every layer's line stays on the screen"
+    assert f"{report['quantized_weights']:,} weights" in out
+    status, out, _ = run(capsys, "info", folder)
+    assert status == 0
+    assert f"{report['bits_per_weight']:.3f}" in out
+    status, out, _ = run(
+        *(capsys, "eval", folder, "--reference", tiny_model_folder),
+        *("--text", text, "--seqlen", "32", "--windows", "2", "--device", "cpu"),
+    )
+    assert status == 0
+    status, _, err = run(capsys, "quantize", tiny_model_folder, "-o", folder, *arguments)
+    assert status == 1
+    assert "--overwrite" in err
+
+
+def test_bits_choose_a_spec_that_suits_the_layers(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--bits", "2", "--sequences", "2", "--seqlen", "16", "--device", "cpu")
+    status, out, err = run(capsys, "quantize", tiny_model_folder, "-o", tmp_path / "quantized", *arguments)
+    assert status == 0, err
+    assert re.search(r"^spec +v4-k256 *$", out, re.MULTILINE), "the smallest codebooks of 2 bits, for layers this small"
+    assert "sampled from the model itself (seed 0)" in out
