@@ -35,7 +35,7 @@ vptq::Isa isa_or_throw() {
   vptq::Isa isa;
   const char* forced = std::getenv("VPTQ_CPU_ISA");
   require(vptq::choose_isa(&isa), "VPTQ_CPU_ISA is '", forced ? forced : "",
-          "', which is not an instruction set of this machine; allowed: generic, and where the CPU has them avx2, avx512");
+          "'; allowed are generic and, where the CPU has them, avx2 and avx512");
   return isa;
 }
 
@@ -102,10 +102,12 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& vectors_in, const Tensor& codeb
 STABLE_TORCH_LIBRARY_IMPL(vptq, CPU, library) { library.impl("nearest", TORCH_BOX(&nearest)); }
 
 PyObject* isa(PyObject*, PyObject*) {
-  vptq::Isa chosen;
-  if (vptq::choose_isa(&chosen)) return PyUnicode_FromString(vptq::isa_name(chosen));
-  PyErr_SetString(PyExc_RuntimeError, "VPTQ_CPU_ISA names an instruction set that this machine does not have");
-  return nullptr;
+  try {
+    return PyUnicode_FromString(vptq::isa_name(isa_or_throw()));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
 PyMethodDef kMethods[] = {

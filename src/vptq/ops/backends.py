@@ -73,7 +73,11 @@ def _load_cpu() -> BackendStatus:
             "pip install --no-build-isolation"
         )
         return BackendStatus("cpu", False, False, reason)
-    return BackendStatus("cpu", True, True, f"C++ kernels ({extension.isa()}) for {_covered('CPU')}")
+    try:
+        isa = extension.isa()
+    except RuntimeError as error:
+        raise BackendError(str(error)) from None
+    return BackendStatus("cpu", True, True, f"C++ kernels ({isa}) for {_covered('CPU')}")
 
 
 def _load_triton() -> BackendStatus:
