@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from random_layers import random_weight
 from safetensors.torch import save_file
 
 from vptq.config import LayerConfig, QuantConfig
@@ -41,32 +42,6 @@ class Stored:
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         return folder
-
-
-def random_weight(config: LayerConfig, dtype: torch.dtype, seed: int) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-
-    def floats(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.2).to(dtype)
-
-    def integers(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=generator)
-
-    groups, rows, size, columns = config.num_groups, config.num_vectors, config.group_size, config.in_features
-    residual, outliers = config.num_residual_centroids, config.outlier_num_centroids
-    return QuantizedWeight(
-        config,
-        codebook=floats(groups, config.num_centroids, config.vector_len),
-        indices=integers(config.num_centroids, groups, rows, size),
-        residual_codebook=floats(groups, residual, config.vector_len) if residual else None,
-        residual_indices=integers(residual, groups, rows, size) if residual else None,
-        outlier_codebook=floats(outliers, config.outlier_vector_len) if outliers else None,
-        outlier_indices=integers(outliers, config.num_outlier_vectors, config.outlier_size) if outliers else None,
-        perm=torch.randperm(columns, generator=generator) if config.enable_perm else None,
-        weight_scale=1 + floats(columns) if config.enable_norm else None,
-        weight_bias=floats(columns) if config.enable_norm else None,
-        bias=floats(config.out_features) if config.bias else None,
-    )
 
 
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
