@@ -143,7 +143,7 @@ def save_tensors(
         max_shard_bytes: A shard ends before it would grow beyond this; a larger tensor gets a shard of its own.
 
     Raises:
-        CheckpointError: A name comes twice, or the disk is full.
+        CheckpointError: A name comes twice, or the disk is full. No unfinished file stays behind.
     """
     folder = Path(folder)
     shards: list[dict[str, int]] = []
@@ -155,19 +155,22 @@ def save_tensors(
             _save_shard(pending, folder / _unfinished_name(len(shards)))
             pending.clear()
 
-    for name, tensor in tensors:
-        if name in pending or any(name in shard for shard in shards):
-            raise CheckpointError(f"tensor {name} comes twice")
-        if sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = _standalone(tensor)
-    flush()
-
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        final = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / _unfinished_name(number)).replace(folder / final)
-        weight_map.update(dict.fromkeys(shard, final))
+    try:
+        for name, tensor in tensors:
+            if name in pending or any(name in shard for shard in shards):
+                raise CheckpointError(f"tensor {name} comes twice")
+            if sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_shard_bytes:
+                flush()
+            pending[name] = _standalone(tensor, pending)
+        flush()
+        for number, shard in enumerate(shards, start=1):
+            final = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            (folder / _unfinished_name(number)).replace(folder / final)
+            weight_map.update(dict.fromkeys(shard, final))
+    finally:
+        for number in range(1, len(shards) + 1):
+            (folder / _unfinished_name(number)).unlink(missing_ok=True)
     total_size = sum(sum(shard.values()) for shard in shards)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
@@ -186,10 +189,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
-def _standalone(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own: safetensors refuses two views of one storage."""
+def _standalone(tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    """The tensor in memory of its own: safetensors refuses tensors that share any."""
     tensor = tensor.detach().to("cpu").contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    storage = tensor.untyped_storage()
+    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in others.values())
+    return tensor.clone() if shared or storage.nbytes() > tensor.nbytes else tensor
 
 
 def _unfinished_name(number: int) -> str:
@@ -200,7 +205,6 @@ def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,33 @@ def test_headers_allocate_nothing(tmp_path: Path) -> None:
     }
 
 
-def test_views_are_stored_on_their_own(tmp_path: Path) -> None:
-    both = torch.arange(20.0).view(2, 10)
-    save_tensors(tmp_path, [("a", both[0]), ("b", both[1]), ("c", both.t())])
+def test_tensors_that_share_memory_are_stored_each_on_its_own(tmp_path: Path) -> None:
+    base = torch.arange(2000.0)
+    tensors = {
+        "a": base[:1200],
+        "b": base[800:],
+        "c": base.view(2, 1000).t(),
+        "d": base,
+        "e": base.view(40, 50),
+        "f": base[:0],
+    }
+    save_tensors(tmp_path, tensors.items())
     (shard,) = tmp_path.glob("*.safetensors")
     held = load_file(shard)
-    assert torch.equal(held["a"], both[0])
-    assert torch.equal(held["b"], both[1])
-    assert torch.equal(held["c"], both.t())
+    assert list(held) == list(tensors)
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    assert shard.stat().st_size < sum(tensor.nbytes for tensor in tensors.values()) + 1000
+
+
+def test_a_failure_leaves_no_unfinished_shard(tmp_path: Path) -> None:
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.ones(2)
+        yield "b", torch.ones(2)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save_tensors(tmp_path, tensors(), max_shard_bytes=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_comes_twice(tmp_path: Path) -> None:

@@ -55,6 +55,42 @@ def test_tensor_specs_describe_what_is_stored(config: LayerConfig) -> None:
     assert config.bits_per_weight == bits / (config.in_features * config.out_features)
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_tensor_specs_of_the_format(is_packed: bool) -> None:
+    """The table of the format's documentation, for one layer that has everything."""
+    config = LayerConfig(
+        100,
+        50,
+        vector_len=8,
+        num_centroids=256,
+        num_residual_centroids=16,
+        num_groups=3,
+        outlier_size=10,
+        outlier_vector_len=4,
+        outlier_num_centroids=64,
+        enable_norm=True,
+        enable_perm=True,
+        is_packed=is_packed,
+        bias=True,
+    )
+    expected = {
+        "centroids.weight": ((3, 256 * 8), torch.bfloat16),
+        "res_centroids.weight": ((3, 16 * 8), torch.bfloat16),
+        "outlier_centroids.weight": ((1, 64 * 4), torch.bfloat16),
+        "outlier_indices": ((1, 13, 10), torch.int16),
+        "weight_scale": ((100,), torch.bfloat16),
+        "weight_bias": ((100,), torch.bfloat16),
+        "bias": ((50,), torch.bfloat16),
+    }
+    if is_packed:
+        expected |= {"indices": ((3, 7, 12), torch.int32), "perm": ((100,), torch.int16)}  # 30 * 12 bits: 12 words
+    else:
+        expected |= {"indices": ((3, 7, 30), torch.int16), "res_indices": ((3, 7, 30), torch.int16)}
+        expected |= {"perm": ((100,), torch.int64)}
+    specs = tensor_specs(config, torch.bfloat16)
+    assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == expected
+
+
 def test_float_dtypes() -> None:
     config = LayerConfig(8, 8, vector_len=8, num_centroids=4)
     for dtype in FLOATS:
@@ -75,6 +111,7 @@ def test_float_dtypes() -> None:
         ({"group_size": -1}, {}),
         ({"group_size": ..., "group_num": ..., "outlier_size": ...}, {}),
         ({"enable_proxy_error": True, "norm_dim": 0, "vector_quant_dim": "out", "made_up": {}}, {}),
+        ({"norm_dim": 1}, {}),  # without norm it has no meaning
         # Outliers are off without their codebook, whatever the other two keys say.
         ({"vector_lens": [4, 8], "outlier_size": 5}, {}),
         ({"vector_lens": [1, 8], "num_centroids": [16, 256]}, {}),

@@ -51,6 +51,14 @@ def test_absorbing_the_permutation_keeps_the_matrix(config: LayerConfig) -> None
     assert torch.equal(*(reference.dequantize(w.config, w.to_tensors(torch.float16)) for w in (weight, absorbed)))
 
 
+def test_absorbing_reorders_both_stages() -> None:
+    config = LayerConfig(9, 8, vector_len=4, num_centroids=16, num_residual_centroids=8, enable_perm=True)
+    weight = random_weight(config)
+    absorbed = weight.absorb_perm()
+    for name in ("indices", "residual_indices"):
+        assert torch.equal(getattr(absorbed, name)[..., weight.perm], getattr(weight, name))
+
+
 @given(layer_configs())
 def test_dequantizing_is_the_definition(config: LayerConfig) -> None:
     """Element by element, from the format's formula, in float32 (where nothing rounds visibly)."""

@@ -139,6 +139,10 @@ def linear(
 def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
     """The nearest centroids of every vector in squared Euclidean distance: exhaustive, deterministic.
 
+    Two centroids rank either way when their distances differ by less than the float32 rounding of |x|^2 + |c|^2,
+    measured from the codebook's middle (the PyTorch search is stricter: the rounding of |x - c|^2 itself). NaN ranks
+    last.
+
     Args:
         vectors: float32 [N, v]; N may be 0.
         codebook: float32 [K, v].

@@ -48,7 +48,8 @@ def _rank(vectors: Tensor, codebook: Tensor, center: Tensor, scores: Tensor, bea
 
     margin = _margin(vectors - center, distances[:, -1])
     runner_up = scores.scatter_(1, proposed, torch.inf).amin(dim=1)
-    unsure = (runner_up <= best.amax(dim=1) + margin).nonzero().squeeze(1)
+    # Put so that NaN, on either side, is unsure: the second look sorts it last.
+    unsure = (~(runner_up > best.amax(dim=1) + margin)).nonzero().squeeze(1)
     step = max(1, _SCORES_PER_CHUNK["cpu"] // codebook.numel())
     for first in range(0, len(unsure), step):
         rows = unsure[first : first + step]
