@@ -230,6 +230,15 @@ def test_layers_offloaded_to_disk_compute_the_same(make_checkpoint, tmp_path, wh
         assert torch.equal(load(tmp_path / "saved")(ids).logits, expected)
 
 
+def test_offloaded_layers_in_another_dtype(make_checkpoint, tmp_path):
+    stored = make_checkpoint(dtype=torch.float16)
+    ids = torch.arange(12).reshape(2, 6)
+    device_map = ON_CPU | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(stored.folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load(stored.folder, dtype=torch.float32)(ids).logits)
+
+
 def test_offloaded_layers_are_checked_too(make_checkpoint, tmp_path):
     stored = copy.deepcopy(make_checkpoint())
     stored.tensors["model.layers.1.self_attn.q_proj.outlier_indices"][0, 0, 0] = 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vptq.linear import VQuantLinear
@@ -23,13 +24,25 @@ def keep_layers_whole(model: nn.Module) -> None:
                 hook.place_submodules = True
 
 
-def offloaded_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer that are on the meta device because they are offloaded, read from where they are."""
-    found: dict[str, Tensor] = {}
-    for hook in _offload_hooks(layer):
-        for name, tensor in layer.state_dict().items():
-            if tensor.is_meta:
-                found[name] = hook.weights_map[name]
+def is_offloaded(layer: nn.Module, name: str) -> bool:
+    """Whether this tensor of the layer is in memory only while the layer runs."""
+    return layer.state_dict()[name].is_meta and bool(_offload_hooks(layer))
+
+
+def index_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's tensors that hold plain indices, by name.
+
+    Packed indices are left out: whatever their bits are, they are in range. Offloaded tensors are read from where they
+    are; those on the meta device for any other reason hold no data, and are left out as well.
+    """
+    found = {}
+    for name, tensor in layer.state_dict().items():
+        if tensor.is_floating_point() or tensor.dtype == torch.int32:
+            continue
+        if not tensor.is_meta:
+            found[name] = tensor
+        elif hooks := _offload_hooks(layer):
+            found[name] = hooks[0].weights_map[name]
     return found
 
 

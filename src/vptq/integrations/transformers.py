@@ -28,7 +28,7 @@ from vptq.checkpoint import read_headers
 from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, ConfigError
 from vptq.integrations.matching import LayerMatch, match_layers
-from vptq.integrations.offload import keep_layers_whole, offloaded_tensors
+from vptq.integrations.offload import index_tensors, is_offloaded, keep_layers_whole
 from vptq.linear import VQuantLinear
 from vptq.weight import check_indices, normalize
 
@@ -107,9 +107,8 @@ class VptqHfQuantizer(HfQuantizer):
         keep_layers_whole(model)
         for match in self._matches:
             layer = model.get_submodule(match.path)
-            tensors = _settle_dtypes(layer, match, self._dtype)
-            if not any(tensor.is_meta for tensor in tensors.values()):  # device_map="meta" loads no data to check
-                check_indices(match.config, tensors, match.stored_path)
+            _settle_dtypes(layer, match, self._dtype)
+            check_indices(match.config, index_tensors(layer), match.stored_path)
             layer.requires_grad_(False)  # the loader makes every float a trainable parameter
         self.quantization_config.store(
             QuantConfig(
@@ -151,31 +150,25 @@ def _declare_stored_carriers(layer: nn.Module, headers: Mapping[str, Tensor]) ->
             _replace_tensor(layer, name, torch.empty_like(declared, dtype=headers[name].dtype))
 
 
-def _settle_dtypes(layer: nn.Module, match: LayerMatch, dtype: torch.dtype) -> dict[str, Tensor]:
+def _settle_dtypes(layer: nn.Module, match: LayerMatch, dtype: torch.dtype) -> None:
     """Bring each tensor of a loaded layer into the dtype of `tensor_specs`.
 
     That ends legacy carriers, and does for floats what the loader leaves undone when it has renamed a tensor.
-
-    Returns:
-        The tensors by name; those offloaded to disk are read from there.
     """
-    offloaded = offloaded_tensors(layer)
-    tensors = {name: offloaded.get(name, tensor) for name, tensor in layer.state_dict().items()}
-    settled = normalize(match.config, tensors, dtype)
-    for name, tensor in settled.items():
+    tensors = layer.state_dict()
+    for name, settled in normalize(match.config, tensors, dtype).items():
         found = tensors[name].dtype
-        if found == tensor.dtype:
+        if found == settled.dtype:
             continue
         where = f"{match.stored_path}.{name}"
-        if name in offloaded:
+        if is_offloaded(layer, name):
             raise ConfigError(
-                f"{where} is stored as {found} and has to become {tensor.dtype}, which an offloaded tensor cannot; "
+                f"{where} is stored as {found} and has to become {settled.dtype}, which an offloaded tensor cannot; "
                 "load the model without offload once and save it"
             )
-        if not tensor.is_floating_point() and name in match.headers and found != match.headers[name].dtype:
+        if not settled.is_floating_point() and name in match.headers and found != match.headers[name].dtype:
             raise CheckpointError(f"{where} became {found} while loading, which loses index bits")
-        _replace_tensor(layer, name, tensor)
-    return settled
+        _replace_tensor(layer, name, settled)
 
 
 def _replace_tensor(layer: nn.Module, name: str, value: Tensor) -> None:
