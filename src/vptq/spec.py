@@ -68,7 +68,7 @@ class QuantSpec:
     outlier_percent: float = 0.0
     outlier_vector_len: int = 4
     outlier_num_centroids: int = 0
-    enable_norm: bool = False
+    enable_norm: bool = True
     enable_perm: bool = True
 
     def __post_init__(self) -> None:

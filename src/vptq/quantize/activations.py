@@ -1,0 +1,142 @@
+"""Running decoder blocks over the calibration sequences: hidden states in, Hessians and hidden states out.
+
+Linear layers that read the same tensor (q/k/v, gate/up) share a Hessian; which ones do is seen, not known. In "quantized"
+mode the groups of a block are handled in the order they run, each Hessian taken from what the already quantized layers
+before it produce, inside the block too; the pass for a group stops as soon as its inputs have been seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vptq.quantize.hessian import HessianAccumulator
+from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
+
+TOKENS_PER_BATCH = 4096
+"""Tokens in flight: enough for full-speed matrix products, few enough that attention scores stay small beside the rest."""
+
+MAX_SEQUENTIAL_GROUPS = 8
+"""A block of more input groups than this (experts, each with inputs of its own) gets all its Hessians in one pass."""
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linear layers of a block, by path inside it, that read the same input."""
+
+    names: tuple[str, ...]
+    features: int
+
+
+class Activations:
+    """The hidden states of all calibration sequences between two blocks, kept on the CPU.
+
+    Attributes:
+        batches: [batch, seqlen, hidden] each, in the dtype of the computation.
+    """
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
+        self._skeleton = skeleton
+        size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        token_batches = list(tokens.split(size))
+        self._calls: dict[int, list[BlockCall]] = {}
+        for batch in {len(batch): batch for batch in token_batches}.values():
+            self._calls[len(batch)] = skeleton.block_calls(batch, dtype)
+        self.batches = [hidden.cpu() for hidden in skeleton.embed(token_batches, dtype)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(batch.nbytes for batch in self.batches)
+
+    def run_block(self, index: int, visit: Callable[[int], None] | None = None, *, advance: bool) -> None:
+        """Runs block `index` over all batches.
+
+        Args:
+            index: the block; its weights are loaded.
+            visit: called with the number of batches done after each.
+            advance: replace the hidden states by the block's outputs.
+        """
+        block = self._skeleton.blocks[index]
+        for position, batch in enumerate(self.batches):
+            call = self._calls[len(batch)][index]
+            try:
+                with torch.no_grad():
+                    output = block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
+            except Stop:
+                output = None
+            if advance:
+                self.batches[position] = first_tensor(output).cpu()
+            if visit is not None:
+                visit(position + 1)
+
+    def input_groups(self, index: int) -> list[InputGroup]:
+        """Which linear layers of block `index` share an input, in the order they run; found with the first batch."""
+        seen: dict[tuple[int, torch.Size, int], list[str]] = {}
+        linears = self._skeleton.linears(index)
+        alive: list[Tensor] = []  # an input kept alive cannot lend its address to a later one
+
+        def notice(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                alive.append(args[0])
+                seen.setdefault((args[0].data_ptr(), args[0].shape, args[0]._version), []).append(name)
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(notice(name)) for name, linear in linears.items()]
+        try:
+            call = self._calls[len(self.batches[0])][index]
+            with torch.no_grad():
+                self._skeleton.blocks[index](self.batches[0].to(self._skeleton.device), *call.args, **call.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        grouped = [tuple(dict.fromkeys(names)) for names in seen.values()]
+        missed = [(name,) for name in linears if not any(name in group for group in grouped)]
+        return [InputGroup(names, linears[names[0]].in_features) for names in grouped + missed]
+
+    def hessians(
+        self,
+        index: int,
+        groups: Sequence[InputGroup],
+        visit: Callable[[int], None] | None = None,
+        *,
+        advance: bool = False,
+    ) -> list[HessianAccumulator]:
+        """One pass over all batches that accumulates the Hessian of each group; stops early unless `advance`."""
+        linears = self._skeleton.linears(index)
+        accumulators = [HessianAccumulator(group.features, self._skeleton.device) for group in groups]
+        last = len(groups) - 1
+
+        def accumulate(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                accumulators[number].add(args[0])
+                if number == last and len(groups) == 1 and not advance:
+                    raise Stop
+
+            return hook
+
+        with _hooks(linears[group.names[0]].register_forward_pre_hook(accumulate(n)) for n, group in enumerate(groups)):
+            self.run_block(index, visit, advance=advance)
+        return accumulators
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor itself, or the first of a tuple."""
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+@contextmanager
+def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()

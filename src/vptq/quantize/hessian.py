@@ -1,0 +1,121 @@
+"""Second moments of a linear layer's inputs: H = E[x x^T], the weight of every decision the solver makes.
+
+The layer output error of E = W - W_hat is tr(E H E^T) (arXiv 2409.17066, eq. 2). Sums are kept undivided in float32, so
+adding batches one by one equals adding them at once up to the rounding of a float32 sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vptq.errors import CalibrationError
+
+COMMUNITY_TAGS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
+    "gate_proj": "up", "up_proj": "up", "gate_up_proj": "up", "down_proj": "down",
+}  # fmt: skip
+"""Module name -> file tag of the QuIP#/VPTQ Hessian files; other modules are looked up under their own name."""
+
+DAMPING_STEPS = 8
+"""How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the diagonal."""
+
+
+class HessianAccumulator:
+    """Collects E[x x^T] over batches of inputs.
+
+    Attributes:
+        features: width n of the inputs.
+        tokens: how many input rows were added.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self.tokens = 0
+        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds inputs [..., n] of any float dtype; products and sums are float32."""
+        rows = inputs.reshape(-1, self.features).float()
+        self._sum.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+    def hessian(self) -> Tensor:
+        """[n, n] float32, symmetric.
+
+        Raises:
+            CalibrationError: when nothing was added, or an input held NaN or infinity.
+        """
+        if self.tokens == 0:
+            raise CalibrationError("no calibration input reached this layer: it is never called by the model's forward")
+        if not bool(torch.isfinite(self._sum).all()):
+            raise CalibrationError("the Hessian holds NaN or infinity: the model overflows on the calibration text")
+        mean = self._sum / self.tokens
+        return (mean + mean.T) / 2
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U, upper triangular with U^T U = (H + damping * mean(diag H) * I)^-1.
+
+    Args:
+        hessian: [n, n] float32, symmetric.
+        damping: share of the mean diagonal to add first; raised tenfold while the matrix is not positive definite.
+
+    Returns:
+        U [n, n] float32 and the damping that worked.
+
+    Raises:
+        CalibrationError: when no damping works, which takes NaN or a matrix that is no second moment.
+    """
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    for _ in range(DAMPING_STEPS):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(failed) == 0 and bool(torch.isfinite(factor).all()):
+                return factor, damping
+        damping = max(damping, 1e-4) * 10.0
+    raise CalibrationError("the Hessian is not positive semidefinite, whatever the damping: calibrate again")
+
+
+def load_hessian(folder: Path, block: int, module_names: Sequence[str], features: int) -> Tensor:
+    """Reads a Hessian in the QuIP#/VPTQ community layout: `{block}_{tag}.pt` with flatH, mu, n.
+
+    Args:
+        folder: where the files are.
+        block: number of the decoder block.
+        module_names: last path components of the linears that share this input.
+        features: their input width.
+
+    Returns:
+        [n, n] float32 E[x x^T] = covariance + mu mu^T. The community loader's scaling and its added 0.01 on the diagonal are
+        left out: the solver is invariant to the one and damps by itself.
+
+    Raises:
+        CalibrationError: no such file, not a tensor file (pickled objects are refused), or the wrong width.
+    """
+    tags = list(dict.fromkeys(COMMUNITY_TAGS.get(name, name) for name in module_names))
+    paths = [folder / f"{block}_{tag}.pt" for tag in tags]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise CalibrationError(f"--hessian-dir: none of {', '.join(str(p) for p in paths)} exists")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        flat, mean, width = stored["flatH"].float(), stored["mu"].float(), int(stored["n"])
+    except Exception as error:
+        raise CalibrationError(f"{path}: not a Hessian file with the tensors flatH, mu and n ({error})".split("\n")[0])
+    if width != features or flat.numel() != width * (width + 1) // 2 or mean.numel() != width:
+        raise CalibrationError(f"{path}: Hessian of width {width}, but the layer has {features} inputs")
+    rows, columns = torch.tril_indices(width, width)
+    hessian = torch.zeros(width, width)
+    hessian[rows, columns] = flat
+    hessian[columns, rows] = flat
+    hessian += torch.outer(mean, mean)
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(f"{path}: the Hessian holds NaN or infinity")
+    return hessian

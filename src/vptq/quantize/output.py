@@ -1,0 +1,91 @@
+"""The folder a run ends with: shards, config.json, tokenizer, generation config, report, picture and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vptq.checkpoint import save_tensors, staged_folder
+from vptq.config import LayerConfig, QuantConfig
+from vptq.quantize.card import save_card
+from vptq.quantize.report import Report, save_report
+from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.workspace import Workspace
+
+
+def write_output(
+    output: Path,
+    skeleton: Skeleton,
+    workspace: Workspace,
+    layers: Mapping[str, LayerConfig],
+    dtype: torch.dtype,
+    tokenizer: Any | None,
+    generation_config: Any | None,
+    report: Report,
+    *,
+    base_model: str | None,
+    overwrite: bool,
+) -> None:
+    """Writes everything under a temporary name and renames it at the end.
+
+    Raises:
+        CheckpointError: the folder exists, or the disk is full.
+    """
+    config = skeleton.model.config
+    config.architectures = config.architectures or [type(skeleton.model).__name__]
+    config.dtype = dtype
+    left = tuple(name for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and name not in layers)
+    config.quantization_config = QuantConfig(layers, modules_to_not_convert=left).to_dict()
+    with staged_folder(output, overwrite) as staging:
+        save_tensors(staging, _tensors(skeleton, workspace, layers, dtype))
+        config.save_pretrained(staging)
+        for extra in (tokenizer, generation_config):
+            if extra is not None:
+                extra.save_pretrained(staging)
+        save_report(report, staging)
+        save_card(report, staging, base_model)
+
+
+def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[str, str]:
+    """Every parameter left as it was, with the reason; tied ones are listed under the name they are stored by."""
+    embeddings = {id(module) for module in skeleton.model.modules() if isinstance(module, nn.Embedding)}
+    head = skeleton.model.get_output_embeddings()  # type: ignore[operator]
+    tied = tied_names(skeleton.model)
+    reasons = {}
+    for path, module in skeleton.model.named_modules():
+        for leaf, _parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            if path in layers or name in tied:
+                continue
+            if id(module) in embeddings:
+                reasons[name] = "embedding"
+            elif module is head:
+                reasons[name] = "output head"
+            elif isinstance(module, nn.Linear):
+                reasons[name] = "linear layer outside the decoder blocks"
+            else:
+                reasons[name] = f"not a linear layer ({type(module).__name__})"
+    return reasons
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Parameters that are another one under a second name and are not stored."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tensors(
+    skeleton: Skeleton, workspace: Workspace, layers: Mapping[str, LayerConfig], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Original tensors in the order of their files, then the quantized ones block by block."""
+    known = set(skeleton.model.state_dict()) - tied_names(skeleton.model)
+    replaced = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
+    for name in skeleton.files:
+        if name in known and name not in replaced:
+            tensor = skeleton.files.load(name)
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for index in range(len(skeleton.blocks)):
+        yield from workspace.block_tensors(index)

@@ -1,0 +1,134 @@
+"""Runs of columns that share a codebook, and the choice of centroids for their vectors.
+
+The solver keeps a weight transposed, as `columns` [in_features, out_features] in quantized order, because every step of
+it works on one input column at a time and a column is then contiguous. Outlier columns and each column group are one
+`Segment`: they differ in vector length and codebooks and in nothing else, so no other module knows about either.
+
+The column normalization lives here too. Columns and Hessian stay in the units of the weight; a segment maps a column to
+the units of its codebook and back. Choosing centroids for (w - b) / s and weighing the error of W with H is the same as
+weighing the error of the normalized weight with diag(s) H diag(s), and cannot be forgotten anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vptq.ops import nearest
+
+
+@dataclass
+class Segment:
+    """Columns `start`..`stop` of a weight with `out_features` rows, cut into vectors of `vector_len` rows.
+
+    Attributes:
+        scale: [columns] float32, positive; 1 without normalization.
+        shift: [columns] float32; 0 without normalization.
+        stages: the codebooks, each [k, vector_len]: one, or main and residual.
+        indices: for each stage [columns, vectors] int64, which centroid a vector takes.
+    """
+
+    start: int
+    stop: int
+    vector_len: int
+    out_features: int
+    scale: Tensor
+    shift: Tensor
+    stages: list[Tensor] = field(default_factory=list)
+    indices: list[Tensor] = field(default_factory=list)
+
+    @property
+    def vectors_per_column(self) -> int:
+        return -(-self.out_features // self.vector_len)
+
+    def cut(self, columns: Tensor) -> Tensor:
+        """[n, out_features] -> [n * vectors_per_column, vector_len]; the last vector is padded with zeros."""
+        missing = self.vectors_per_column * self.vector_len - self.out_features
+        padded = pad(columns, (0, missing)) if missing else columns
+        return padded.reshape(-1, self.vector_len)
+
+    def join(self, vectors: Tensor) -> Tensor:
+        """The reverse of `cut`: padding rows are dropped."""
+        return vectors.reshape(-1, self.vectors_per_column * self.vector_len)[:, : self.out_features]
+
+    def normalized(self, columns: Tensor) -> Tensor:
+        """This segment's columns in the units of its codebook, as vectors."""
+        return self.cut((columns[self.start : self.stop] - self.shift[:, None]) / self.scale[:, None])
+
+    def gather(self, stages: Sequence[Tensor]) -> Tensor:
+        """[columns, out_features]: the sums of the entries of `stages` that the indices choose, not yet scaled."""
+        total = stages[0][self.indices[0].flatten()]
+        for codebook, indices in zip(stages[1:], self.indices[1:], strict=True):
+            total = total + codebook[indices.flatten()]
+        return self.join(total)
+
+    def decode(self) -> Tensor:
+        """[columns, out_features]: what the indices stand for, in the units of the weight."""
+        return self.gather(self.stages) * self.scale[:, None] + self.shift[:, None]
+
+    def assign(self, columns: Tensor, beam: int) -> None:
+        """Every vector of this segment takes its nearest centroids, without regard to other columns."""
+        chosen, _ = assign(self.normalized(columns), self.stages, beam)
+        self.indices = [index.view(self.stop - self.start, -1) for index in chosen]
+
+    def assign_column(self, p: int, target: Tensor, beam: int, *, keep_better: bool = False) -> Tensor:
+        """Column `p` (in quantized order) takes the centroids nearest to `target` [out_features].
+
+        Args:
+            p: the column.
+            target: in the units of the weight.
+            beam: main candidates tried when there is a residual codebook.
+            keep_better: a vector whose present centroids are at least as near as the ones found keeps them. Only a beam
+                narrower than the main codebook can find worse ones.
+
+        Returns:
+            [out_features], the decoded column.
+        """
+        at = p - self.start
+        vectors = self.cut(((target - self.shift[at]) / self.scale[at])[None])
+        chosen, values = assign(vectors, self.stages, beam)
+        if keep_better and len(self.stages) > 1:
+            now = [stored[at] for stored in self.indices]
+            present = self.stages[0][now[0]] + self.stages[1][now[1]]
+            worse = (vectors - values).square().sum(1) >= (vectors - present).square().sum(1)
+            values = torch.where(worse[:, None], present, values)
+            chosen = [torch.where(worse, old, new) for old, new in zip(now, chosen, strict=True)]
+        for stored, index in zip(self.indices, chosen, strict=True):
+            stored[at] = index
+        return self.join(values)[0] * self.scale[at] + self.shift[at]
+
+
+def assign(vectors: Tensor, stages: Sequence[Tensor], beam: int) -> tuple[list[Tensor], Tensor]:
+    """Centroids whose sum is nearest to each vector.
+
+    With two stages every one of the `beam` nearest main centroids is tried with its best residual centroid; beam=1 is the
+    greedy choice of the published code, beam=k is exact.
+
+    Args:
+        vectors: [N, v] float32.
+        stages: one or two codebooks [k, v].
+        beam: main candidates for each vector when there are two stages.
+
+    Returns:
+        One index tensor [N] int64 a stage, and the chosen sums [N, v].
+    """
+    if len(stages) == 1:
+        index = nearest(vectors, stages[0])[0][:, 0]
+        return [index], stages[0][index]
+    main, residual = stages
+    candidates = nearest(vectors, main, min(beam, len(main)))[0]
+    rest = vectors[:, None] - main[candidates]
+    partner, distance = nearest(rest.flatten(0, 1), residual)
+    best = distance.view(candidates.shape).argmin(dim=1, keepdim=True)
+    index = candidates.gather(1, best)[:, 0]
+    partner_index = partner.view(candidates.shape).gather(1, best)[:, 0]
+    return [index, partner_index], main[index] + residual[partner_index]
+
+
+def decode_all(segments: Sequence[Segment]) -> Tensor:
+    """[in_features, out_features]: every segment's columns, in quantized order."""
+    return torch.cat([segment.decode() for segment in segments])
