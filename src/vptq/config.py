@@ -222,10 +222,8 @@ def tensor_specs(config: LayerConfig, dtype: torch.dtype) -> dict[str, TensorSpe
 
     groups, rows, size = config.num_groups, config.num_vectors, config.group_size
     specs = {"centroids.weight": floats(groups, config.num_centroids * config.vector_len)}
-    if config.is_packed:
-        specs["indices"] = TensorSpec((groups, rows, config.row_words), torch.int32, (torch.int32,))
-    else:
-        specs["indices"] = indices(groups, rows, size)
+    packed = TensorSpec((groups, rows, config.row_words), torch.int32, (torch.int32,))
+    specs["indices"] = packed if config.is_packed else indices(groups, rows, size)
     if config.has_residual:
         specs["res_centroids.weight"] = floats(groups, config.num_residual_centroids * config.vector_len)
         if not config.is_packed:
