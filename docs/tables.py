@@ -3,8 +3,8 @@
     python docs/tables.py [--check]
 
 A figure in the README that no committed result file holds is one that nobody can trace; so none is typed by hand.
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the keys
-of its columns, of which any may be absent (a row for the unquantized model has no proxy loss).
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the
+keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss).
 """
 
 from __future__ import annotations
