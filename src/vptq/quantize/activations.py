@@ -1,8 +1,8 @@
 """Running decoder blocks over the calibration sequences: hidden states in, Hessians and hidden states out.
 
-Linear layers that read the same tensor (q/k/v, gate/up) share a Hessian; which ones do is seen, not known. In "quantized"
-mode the groups of a block are handled in the order they run, each Hessian taken from what the already quantized layers
-before it produce, inside the block too; the pass for a group stops as soon as its inputs have been seen.
+Linear layers that read the same tensor (q/k/v, gate/up) share a Hessian; which ones do is seen, not known. In
+"quantized" mode the groups of a block are handled in the order they run, each Hessian taken from what the already
+quantized layers before it produce, inside the block too; a pass stops as soon as the inputs of its group are seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from vptq.quantize.hessian import HessianAccumulator
 from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
 
 TOKENS_PER_BATCH = 4096
-"""Tokens in flight: enough for full-speed matrix products, few enough that attention scores stay small beside the rest."""
+"""Tokens in flight: enough for full-speed matrix products, few enough that attention scores stay small beside the
+rest."""
 
 MAX_SEQUENTIAL_GROUPS = 8
 """A block of more input groups than this (experts, each with inputs of its own) gets all its Hessians in one pass."""
@@ -43,7 +44,7 @@ class Activations:
     def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
         self._skeleton = skeleton
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-        token_batches = list(tokens.split(size))
+        token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._calls: dict[int, list[BlockCall]] = {}
         for batch in {len(batch): batch for batch in token_batches}.values():
             self._calls[len(batch)] = skeleton.block_calls(batch, dtype)
@@ -51,6 +52,7 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
+        """Memory of the hidden states."""
         return sum(batch.nbytes for batch in self.batches)
 
     def run_block(self, index: int, visit: Callable[[int], None] | None = None, *, advance: bool) -> None:

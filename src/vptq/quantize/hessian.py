@@ -21,7 +21,8 @@ COMMUNITY_TAGS = {
 """Module name -> file tag of the QuIP#/VPTQ Hessian files; other modules are looked up under their own name."""
 
 DAMPING_STEPS = 8
-"""How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the diagonal."""
+"""How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the
+diagonal."""
 
 
 class HessianAccumulator:
@@ -93,8 +94,8 @@ def load_hessian(folder: Path, block: int, module_names: Sequence[str], features
         features: their input width.
 
     Returns:
-        [n, n] float32 E[x x^T] = covariance + mu mu^T. The community loader's scaling and its added 0.01 on the diagonal are
-        left out: the solver is invariant to the one and damps by itself.
+        [n, n] float32 E[x x^T] = covariance + mu mu^T. The community loader's scaling and its added 0.01 on the
+        diagonal are left out: the solver is invariant to the one and damps by itself.
 
     Raises:
         CalibrationError: no such file, not a tensor file (pickled objects are refused), or the wrong width.
@@ -108,7 +109,8 @@ def load_hessian(folder: Path, block: int, module_names: Sequence[str], features
         stored = torch.load(path, map_location="cpu", weights_only=True)
         flat, mean, width = stored["flatH"].float(), stored["mu"].float(), int(stored["n"])
     except Exception as error:
-        raise CalibrationError(f"{path}: not a Hessian file with the tensors flatH, mu and n ({error})".split("\n")[0])
+        reason = str(error).split("\n")[0]
+        raise CalibrationError(f"{path}: not a Hessian file with the tensors flatH, mu and n ({reason})") from error
     if width != features or flat.numel() != width * (width + 1) // 2 or mean.numel() != width:
         raise CalibrationError(f"{path}: Hessian of width {width}, but the layer has {features} inputs")
     rows, columns = torch.tril_indices(width, width)

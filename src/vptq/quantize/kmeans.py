@@ -1,9 +1,10 @@
 """Weighted k-means over weight vectors: the codebook initialisation of VPTQ (arXiv 2409.17066, section 3.2, eq. 6).
 
-The proxy loss of a quantized column j, other columns exact, is H_jj |w - c|^2, so a vector is worth the Hessian diagonal
-of its column. Seeding draws from the D^2 distribution (k-means++) in batches: one draw a batch is exact k-means++, a
-batch of k/64 costs one assignment pass in all and seeds 65,536 centroids over millions of vectors in seconds. Every
-random number comes from the caller's generator, every sum runs in a fixed order: same seed, same centroids.
+The proxy loss of a quantized column j, other columns exact, is H_jj |w - c|^2, so a vector is worth the Hessian
+diagonal of its column. Seeding draws from the D^2 distribution (k-means++) in batches: one draw a batch is exact
+k-means++, a batch of k/64 costs one assignment pass in all and seeds 65,536 centroids over millions of vectors in
+seconds. Every random number comes from the caller's generator, every sum runs in a fixed order: same seed, same
+centroids.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=mass.device)
     points = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device) * total
     positions = torch.searchsorted(running, points, right=True).clamp_(max=len(mass) - 1)
-    return torch.unique(positions)
+    unique: Tensor = torch.unique(positions)
+    return unique
 
 
 def _means(vectors: Tensor, weights: Tensor, indices: Tensor, errors: Tensor, centroids: Tensor) -> Tensor:

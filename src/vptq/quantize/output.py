@@ -35,7 +35,7 @@ def write_output(
     Raises:
         CheckpointError: the folder exists, or the disk is full.
     """
-    config = skeleton.model.config
+    config: Any = skeleton.model.config
     config.architectures = config.architectures or [type(skeleton.model).__name__]
     config.dtype = dtype
     left = tuple(name for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and name not in layers)

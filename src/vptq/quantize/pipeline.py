@@ -1,6 +1,7 @@
 """The job `vptq quantize` does: original model in, folder in the published format out, one decoder block at a time.
 
-All side effects live here and in the modules this one calls: files, hooks, progress, resume. The solver has none. Order:
+All side effects live here and in the modules this one calls: files, hooks, progress, resume. The solver has none.
+Order:
 
     check every setting -> calibration sequences -> for each block: Hessians, solve, store, run on -> write the folder
 
@@ -83,22 +84,26 @@ def quantize(
         The report that is also stored as report.json.
 
     Raises:
-        VPTQError: one of its kinds, with one line that says what to do. Nothing is written then, except that a run that fails
+        VPTQError: one of its kinds, with one line that says what to do. Nothing is written then, except that a run
+        that fails
             after finishing a block keeps its work folder for `resume`.
     """
     started = time.monotonic()
     job = prepare(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
-        hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume, absorb_perm=absorb_perm,
+        hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
+        absorb_perm=absorb_perm,
     )  # fmt: skip
-    run = _Run(job, progress or (lambda event: None))
+    job.enter_workspace()
     try:
-        return run.execute(started)
-    except VPTQError as error:
-        if isinstance(error, CalibrationError | ConfigError) or not job.workspace.has_block(0):
-            if not resume:
-                job.workspace.remove()
+        return _Run(job, progress or (lambda event: None)).execute(started)
+    except (CalibrationError, ConfigError):
+        job.leave_workspace()  # the same input would fail again
+        raise
+    except VPTQError:
+        if not job.workspace.has_block(0):
+            job.leave_workspace()
         raise
 
 
@@ -115,7 +120,6 @@ class _Run:
 
     def execute(self, started: float) -> Report:
         job = self.job
-        job.enter_workspace()
         skeleton = job.open_skeleton()
         self.warnings.extend(job.check_layers(skeleton, self.progress))
         self.layers_in_all = sum(len(skeleton.linears(index)) for index in range(len(skeleton.blocks)))
@@ -228,14 +232,15 @@ class _Run:
             linear.weight.data.copy_(dequantize(weight.config, weight.to_tensors(self.job.dtype)).to(linear.weight))
 
     def _moment(self, index: int, group: InputGroup, moments: Any) -> Tensor:
-        """The Hessian of a group; the identity, with a warning, for layers no calibration text has reached (rare experts)."""
+        """A group's Hessian; the identity, with a warning, for layers that no text has reached (rare experts)."""
         if moments.tokens == 0:
             self.warnings.append(
                 f"block {index}: no calibration token reached {', '.join(group.names)}; plain k-means there"
             )
             return torch.eye(group.features, device=self.job.device)
         try:
-            return moments.hessian()
+            hessian: Tensor = moments.hessian()
+            return hessian
         except CalibrationError as error:
             raise CalibrationError(f"block {index}, inputs of {', '.join(group.names)}: {error}") from error
 

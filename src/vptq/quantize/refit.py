@@ -22,7 +22,8 @@ Books = list[list[Tensor]]
 """Codebook-shaped tensors: for each segment, for each stage, [k, v]."""
 
 AFFINE_RIDGE = 1e-4
-"""Share of the mean diagonal added to the scale equations: two columns with nearly equal inputs would share it out at will."""
+"""Share of the mean diagonal added to the scale equations: two columns with nearly equal inputs would share it out at
+will."""
 
 
 def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment], iterations: int) -> Tensor:
@@ -47,12 +48,12 @@ def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment
         if not curvature > 0.0 or not energy > 0.0:
             break
         step = energy / curvature
-        for segment, moves in zip(segments, direction, strict=True):
-            segment.stages = [book + step * move for book, move in zip(segment.stages, moves, strict=True)]
-        residual = _zip(lambda r, a, step=step: r - step * a, residual, image)
+        for segment, stages in zip(segments, _plus([s.stages for s in segments], step, direction), strict=True):
+            segment.stages = stages
+        residual = _plus(residual, -step, image)
         scaled = _zip(torch.mul, precondition, residual)
         following = _dot(residual, scaled)
-        direction = _zip(lambda s, d, ratio=following / energy: s + ratio * d, scaled, direction)
+        direction = _plus(scaled, following / energy, direction)
         energy = following
     return decode_all(segments)
 
@@ -60,8 +61,8 @@ def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment
 def refit_normalization(columns: Tensor, hessian: Tensor, segments: Sequence[Segment], dtype: torch.dtype) -> Tensor:
     """Sets scale and shift of every column to their joint least-squares optimum, rounded to `dtype`.
 
-    With Q the gathered centroids: for given scales s the best shift of a column is mean(W) - s mean(Q), whatever H is; what
-    is left is (H * Q Q^T) s = (H * Q W^T) 1 for the centered Q and W.
+    With Q the gathered centroids: for given scales s the best shift of a column is mean(W) - s mean(Q), whatever H is;
+    what is left is (H * Q Q^T) s = (H * Q W^T) 1 for the centered Q and W.
 
     Args:
         columns: [in_features, out_features] float32, the weight in quantized order.
@@ -127,6 +128,10 @@ def _scatter(columns: Tensor, segments: Sequence[Segment]) -> Books:
 
 def _zip(function: Callable[[Tensor, Tensor], Tensor], left: Books, right: Books) -> Books:
     return [[function(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(left, right, strict=True)]
+
+
+def _plus(left: Books, factor: float, right: Books) -> Books:
+    return _zip(lambda a, b: a + factor * b, left, right)
 
 
 def _dot(left: Books, right: Books) -> float:

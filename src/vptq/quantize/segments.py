@@ -43,6 +43,7 @@ class Segment:
 
     @property
     def vectors_per_column(self) -> int:
+        """R, the last one padded where the rows do not divide."""
         return -(-self.out_features // self.vector_len)
 
     def cut(self, columns: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ class Segment:
 def assign(vectors: Tensor, stages: Sequence[Tensor], beam: int) -> tuple[list[Tensor], Tensor]:
     """Centroids whose sum is nearest to each vector.
 
-    With two stages every one of the `beam` nearest main centroids is tried with its best residual centroid; beam=1 is the
-    greedy choice of the published code, beam=k is exact.
+    With two stages every one of the `beam` nearest main centroids is tried with its best residual centroid; beam=1 is
+    the greedy choice of the published code, beam=k is exact.
 
     Args:
         vectors: [N, v] float32.

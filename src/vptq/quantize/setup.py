@@ -91,6 +91,11 @@ class Job:
         """Makes or enters the work folder, if its settings are these."""
         self.workspace.open(self.settings(), overwrite=self.overwrite, resume=self.resume)
 
+    def leave_workspace(self) -> None:
+        """Removes the work folder of a run that failed, unless it is an earlier run's."""
+        if not self.resume:
+            self.workspace.remove()
+
     def open_skeleton(self) -> Skeleton:
         """The model's modules on the meta device and its weights as files, converted first where that is needed."""
         from accelerate import init_empty_weights

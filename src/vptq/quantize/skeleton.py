@@ -1,9 +1,9 @@
 """A model whose weights stay on disk: the modules on the meta device, filled and emptied one decoder block at a time.
 
-Quantizing needs the model's own code (any architecture, no table of families) but only one block's weights at a time. The
-decoder blocks are found by their shape: the longest `ModuleList` whose members hold linear layers. What a block is called
-with (masks, position embeddings, layer types) is recorded by running the model's own forward with every block replaced
-by a recorder, so that no block signature is known here.
+Quantizing needs the model's own code (any architecture, no table of families) but only one block's weights at a time.
+The decoder blocks are found by their shape: the longest `ModuleList` whose members hold linear layers. What a block is
+called with (masks, position embeddings, layer types) is recorded by running the model's own forward with every block
+replaced by a recorder, so that no block signature is known here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Skeleton:
         self._unload_outside()
 
     def block_calls(self, tokens: Tensor, dtype: torch.dtype) -> list[BlockCall]:
-        """What each block is called with for a batch of `tokens` [batch, seqlen]; holds for every batch of that shape."""
+        """What each block is called with for a batch of `tokens` [batch, seqlen]; holds for every batch of that
+        shape."""
         self._load_outside(dtype)
         _, calls = self._record(tokens)
         self._unload_outside()
@@ -102,7 +103,8 @@ class Skeleton:
             if len(calls) == len(self.blocks) and all(other.shape == seen[0].shape for other in seen):
                 return seen[0], calls
         raise ConfigError(
-            f"{type(self.model).__name__} does not run its {self.blocks_name} one after the other: not a decoder-only model"
+            f"{type(self.model).__name__} does not run its {self.blocks_name} one after the other: it is not a decoder-only"
+            " model"
         )
 
     def _load(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:

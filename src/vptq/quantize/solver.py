@@ -1,12 +1,13 @@
 """One weight and its Hessian in, one quantized weight out: the whole of VPTQ for a linear layer, and nothing else.
 
-For W [out, in] and H = E[x x^T] the solver minimizes tr(E H E^T), E = W - W_hat (arXiv 2409.17066, eq. 2), in this order:
+For W [out, in] and H = E[x x^T] the solver minimizes tr(E H E^T), E = W - W_hat (arXiv 2409.17066, eq. 2), in this
+order:
 
     normalize -> permute -> k-means -> feedback pass -> (descent sweep -> refit)*          one codebook
                             k-means -> residual k-means -> joint refit -> the same          two codebooks
 
-Two things differ from the paper on purpose (docs/algorithm.md has the figures). The Hessian follows the normalization: with
-W_hat = Q diag(s) + 1 b^T the error of Q is weighted by diag(s) H diag(s), which the published code forgets. And
+Two things differ from the paper on purpose (docs/algorithm.md has the figures). The Hessian follows the normalization:
+with W_hat = Q diag(s) + 1 b^T the error of Q is weighted by diag(s) H diag(s), which the published code forgets. And
 assignment and codebooks are optimized in turn until the loss stops falling, where the paper stops after one pass.
 
 The solver is pure: tensors, a config and a generator in, a dataclass out.
@@ -15,6 +16,7 @@ The solver is pure: tensors, a config and a generator in, a dataclass out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -163,7 +165,7 @@ def _set_up(weight: Tensor, hessian: Tensor, config: LayerConfig, solver: Solver
     segments = []
     bounds = [0, config.outlier_size] if config.has_outliers else [0]
     bounds += [config.outlier_size + (g + 1) * config.group_size for g in range(config.num_groups)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         outliers = config.has_outliers and start == 0
         length = config.outlier_vector_len if outliers else config.vector_len
         at = perm[start:stop]
@@ -198,7 +200,8 @@ def _initialize_codebooks(problem: _Problem, config: LayerConfig, generator: tor
 
 
 def _optimize(problem: _Problem, factor: Tensor, *, affine: bool) -> None:
-    """The second-order pass, then descent and refit while the loss falls; codebooks end up rounded to the storage dtype."""
+    """The second-order pass, then descent and refit while the loss falls; codebooks end up rounded to the storage
+    dtype."""
     columns, hessian, segments, solver = problem.columns, problem.hessian, problem.segments, problem.solver
     decoded = feedback_pass(columns, factor, segments, solver.beam_for, solver.block_size)
     previous = problem.record("feedback", decoded)

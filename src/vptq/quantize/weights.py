@@ -1,8 +1,8 @@
 """The original weights as files that are read one tensor at a time.
 
-A folder whose safetensors hold the model's own parameter names is read in place. Everything else (a GGUF file, a model in
-memory, a checkpoint that transformers renames or fuses while it loads) goes through transformers once and is spilled to
-safetensors in the work folder, so that the pipeline knows one kind of source only.
+A folder whose safetensors hold the model's own parameter names is read in place. Everything else (a GGUF file, a model
+in memory, a checkpoint that transformers renames or fuses while it loads) goes through transformers once and is
+spilled to safetensors in the work folder, so that the pipeline knows one kind of source only.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ class Workspace:
 
     @property
     def exists(self) -> bool:
+        """Whether there is an interrupted run."""
         return (self.folder / "settings.json").is_file()
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -91,6 +92,7 @@ class Workspace:
             write_json(staging / "layers.json", {name: asdict(report) for name, (report, _) in layers.items()})
 
     def has_block(self, index: int) -> bool:
+        """Whether block `index` is finished."""
         return self._block(index).is_dir()
 
     def block_reports(self, index: int) -> list[LayerReport]:
@@ -113,6 +115,7 @@ class Workspace:
             yield report.name, QuantizedWeight.from_tensors(config, stored, report.name)
 
     def remove(self) -> None:
+        """Deletes the work folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _block(self, index: int) -> Path:
