@@ -56,6 +56,11 @@ class Skeleton:
         """Frees the weights of block `index`."""
         _to_meta(self.blocks[index])
 
+    @property
+    def num_linears(self) -> int:
+        """Linear layers in all blocks."""
+        return sum(len(self.linears(index)) for index in range(len(self.blocks)))
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linear layers of block `index` by their path inside the block."""
         return linears_of(self.blocks[index])
@@ -103,8 +108,7 @@ class Skeleton:
             if len(calls) == len(self.blocks) and all(other.shape == seen[0].shape for other in seen):
                 return seen[0], calls
         raise ConfigError(
-            f"{type(self.model).__name__} does not run its {self.blocks_name} one after the other: it is not a decoder-only"
-            " model"
+            f"{type(self.model).__name__} does not run its {self.blocks_name} one by one: it is not a decoder-only model"
         )
 
     def _load(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
