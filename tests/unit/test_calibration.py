@@ -42,8 +42,9 @@ def test_sampling_with_the_cache_draws_what_sampling_without_it_draws(
     assert torch.equal(sampled, sample_without_cache(tiny_model, sequences=5, seqlen=24, seed=3))
 
 
-def test_models_with_a_cache_of_another_kind_keep_it() -> None:
+def test_models_with_a_cache_of_another_kind_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliding windows here: the cache forgets what preallocated storage would keep."""
+    monkeypatch.setattr(PreallocatedLayer, "update", lambda *_: pytest.fail("the cache was replaced"))
     config = MistralConfig(
         **{"vocab_size": 63, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "initializer_range": 0.3},

@@ -89,7 +89,7 @@ def test_known_names_stand_for_different_text_to_calibrate_and_to_evaluate_on(
 
     def load_dataset(path: str, config: str | None, **options: Any) -> list[dict[str, str]]:
         asked.append((path, config, options["split"], options["data_files"]))
-        return [{"text": "ba"}, {"text": "de"}]
+        return [{"title": "not this", "text": "ba"}, {"title": "nor this", "text": "de"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_text(name, purpose="evaluation").split() == ["ba", "de"]
