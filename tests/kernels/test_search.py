@@ -47,7 +47,7 @@ def test_any_size(nearest: Search, data: st.DataObject) -> None:
     check(nearest, random(count, width, seed=seed), random(entries, width, seed=seed + 1), beam)
 
 
-@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("beam", [1, 3, 256])
 def test_rivals_that_a_dot_product_cannot_tell_apart(beam: int) -> None:
     """Two far clouds of close centroids, each centroid twice: x.c is a million, the distances differ by thousandths.
 
