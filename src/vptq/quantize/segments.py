@@ -21,6 +21,11 @@ from torch.nn.functional import pad
 from vptq.ops import nearest
 
 
+PRODUCT_LIMIT = 8192
+"""Up to so many pairs of main and residual centroids, their sums are searched as one codebook: exact, and one search of
+4,096 sums is 10 times faster than 64 residual searches of 64 (SmolLM2 gate_proj, v4-k64-64)."""
+
+
 @dataclass
 class Segment:
     """Columns `start`..`stop` of a weight with `out_features` rows, cut into vectors of `vector_len` rows.
@@ -121,6 +126,10 @@ def assign(vectors: Tensor, stages: Sequence[Tensor], beam: int) -> tuple[list[T
         index = nearest(vectors, stages[0])[0][:, 0]
         return [index], stages[0][index]
     main, residual = stages
+    if 1 < beam and len(main) * len(residual) <= PRODUCT_LIMIT:
+        pair = nearest(vectors, (main[:, None] + residual).flatten(0, 1))[0][:, 0]
+        index, partner_index = pair // len(residual), pair % len(residual)
+        return [index, partner_index], main[index] + residual[partner_index]
     candidates = nearest(vectors, main, min(beam, len(main)))[0]
     rest = vectors[:, None] - main[candidates]
     partner, distance = nearest(rest.flatten(0, 1), residual)
