@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# How long an example takes says nothing on a machine that others use too.
+settings.register_profile("vptq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vptq")
 
 WORDS = tuple(first + second for first in "bdfgklmnprst" for second in "aeiou")
 SPECIAL = ("<unk>", "<s>", "</s>")
