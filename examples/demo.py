@@ -4,7 +4,7 @@ The model is SmolLM2-135M-Instruct, which comes as a GGUF file inside the PyPI p
 downloaded from a hub, and the calibration text is the model's own, so nothing else is needed either. The first run
 takes minutes and leaves the quantized model in demo/; later runs find it there.
 
-    python examples/demo.py --spec v4-k64-64 --prompt "Why do cats purr?"
+    python examples/demo.py --spec v6-k4096 --prompt "Why do cats purr?"
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize SmolLM2-135M-Instruct and compare it with the original.")
-    parser.add_argument("--spec", default="v6-k4096", help="what to quantize to [default: %(default)s]")
+    parser.add_argument("--spec", default="v4-k64-64", help="what to quantize to [default: %(default)s]")
     parser.add_argument("--output", help="folder for the quantized model [default: demo/SmolLM2-135M-Instruct-SPEC]")
     parser.add_argument("--prompt", default="What is the capital of France, and what is it known for?")
     return parser.parse_args()
@@ -93,6 +93,7 @@ def quantize_once(original: Path, folder: Path, spec: str) -> Report:
             seqlen=SEQLEN,
             dtype=torch.float16,
             overwrite=folder.exists(),
+            resume=not folder.exists(),  # an interrupted demo goes on where it was
             progress=bars,
         )
 
