@@ -35,6 +35,7 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.package
 	$(BIN)/python benchmarks/nearest.py $(ARGS)
+	$(BIN)/python benchmarks/quantize.py $(ARGS)
 
 docs: $(VENV)/.package
 	$(BIN)/python docs/tables.py

@@ -46,6 +46,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("seconds", "seconds", "{:.0f}"),
         Column("published algorithm: perplexity", "published_perplexity", "{:.1f}"),
         Column("its proxy loss", "published_proxy_loss", "{:.2%}"),
+        Column("the same without normalization: perplexity", "published_perplexity_without_norm", "{:.1f}"),
+        Column("its proxy loss", "published_proxy_loss_without_norm", "{:.2%}"),
     ),
     "nearest": (
         Column("vectors", "vectors", "{:,}"),
