@@ -162,8 +162,8 @@ def test_info_of_a_published_name(run: Run) -> None:
     assert facts["main codebook"] == "65,536 centroids"
     assert facts["residual codebook"] == "256 centroids"
     assert facts["size"].startswith("about 26.2 GB for 70B weights, 140 GB in 16 bits")
-    # 4096^2 / 8 vectors of 24 bits, codebooks of 65792 x 8 float16, and a 16-bit perm of 4096 columns
-    true_bits = (4096**2 // 8 * 24 + 65792 * 8 * 16 + 4096 * 16) / 4096**2
+    # 4096^2 / 8 vectors of 24 bits, codebooks of 65792 x 8 float16; 16-bit perm, scale and bias of 4096 columns
+    true_bits = (4096**2 // 8 * 24 + 65792 * 8 * 16 + 3 * 4096 * 16) / 4096**2
     assert facts["4096 x 4096"].endswith(f"{true_bits:.3f}")
 
 
