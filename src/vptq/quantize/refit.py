@@ -21,6 +21,10 @@ from vptq.quantize.segments import Segment, decode_all
 Books = list[list[Tensor]]
 """Codebook-shaped tensors: for each segment, for each stage, [k, v]."""
 
+CONVERGED = 1e-9
+"""Share of the first residual that ends a refit. Main and residual codebooks can trade a constant, so the equations are
+singular: steps taken on rounding errors alone would run off along that direction."""
+
 AFFINE_RIDGE = 1e-4
 """Share of the mean diagonal added to the scale equations: two columns with nearly equal inputs would share it out at
 will."""
@@ -41,7 +45,7 @@ def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment
     precondition = [[1.0 / mass.clamp(min=1e-20)[:, None] for mass in _masses(hessian, s)] for s in segments]
     residual = _scatter(_weigh(hessian, columns - decode_all(segments)), segments)
     direction = scaled = _zip(torch.mul, precondition, residual)
-    energy = _dot(residual, scaled)
+    energy = first = _dot(residual, scaled)
     for _ in range(iterations):
         image = _scatter(_weigh(hessian, _gather(direction, segments)), segments)
         curvature = _dot(direction, image)
@@ -55,6 +59,8 @@ def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment
         following = _dot(residual, scaled)
         direction = _plus(scaled, following / energy, direction)
         energy = following
+        if energy < CONVERGED * first:
+            break
     return decode_all(segments)
 
 

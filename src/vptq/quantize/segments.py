@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 
 from vptq.ops import nearest
 
-
 PRODUCT_LIMIT = 8192
 """Up to so many pairs of main and residual centroids, their sums are searched as one codebook: exact, and one search of
 4,096 sums is 10 times faster than 64 residual searches of 64 (SmolLM2 gate_proj, v4-k64-64)."""
@@ -78,7 +77,7 @@ class Segment:
 
     def assign(self, columns: Tensor, beam: int) -> None:
         """Every vector of this segment takes its nearest centroids, without regard to other columns."""
-        chosen, _ = assign(self.normalized(columns), self.stages, beam)
+        chosen, _ = self._nearest(self.normalized(columns), beam)
         self.indices = [index.view(self.stop - self.start, -1) for index in chosen]
 
     def assign_column(self, p: int, target: Tensor, beam: int, *, keep_better: bool = False) -> Tensor:
@@ -96,16 +95,33 @@ class Segment:
         """
         at = p - self.start
         vectors = self.cut(((target - self.shift[at]) / self.scale[at])[None])
-        chosen, values = assign(vectors, self.stages, beam)
+        chosen, values = self._nearest(vectors, beam)
         if keep_better and len(self.stages) > 1:
             now = [stored[at] for stored in self.indices]
             present = self.stages[0][now[0]] + self.stages[1][now[1]]
-            worse = (vectors - values).square().sum(1) >= (vectors - present).square().sum(1)
+            worse = self._error(vectors - values) >= self._error(vectors - present)
             values = torch.where(worse[:, None], present, values)
             chosen = [torch.where(worse, old, new) for old, new in zip(now, chosen, strict=True)]
         for stored, index in zip(self.indices, chosen, strict=True):
             stored[at] = index
         return self.join(values)[0] * self.scale[at] + self.shift[at]
+
+    def _nearest(self, vectors: Tensor, beam: int) -> tuple[list[Tensor], Tensor]:
+        """`assign`, except that the padding of a column's last vector has no say in its choice."""
+        chosen, values = assign(vectors, self.stages, beam)
+        rows = self.out_features % self.vector_len
+        if rows:
+            last = slice(self.vectors_per_column - 1, None, self.vectors_per_column)
+            books = [book[:, :rows].contiguous() for book in self.stages]
+            tail, _ = assign(vectors[last, :rows].contiguous(), books, beam)
+            for index, part in zip(chosen, tail, strict=True):
+                index[last] = part
+            values[last] = sum(book[part] for book, part in zip(self.stages, tail, strict=True))
+        return chosen, values
+
+    def _error(self, difference: Tensor) -> Tensor:
+        """Squared length of each vector of one column, without its padding."""
+        return self.cut(self.join(difference)).square().sum(1)
 
 
 def assign(vectors: Tensor, stages: Sequence[Tensor], beam: int) -> tuple[list[Tensor], Tensor]:
@@ -126,7 +142,7 @@ def assign(vectors: Tensor, stages: Sequence[Tensor], beam: int) -> tuple[list[T
         index = nearest(vectors, stages[0])[0][:, 0]
         return [index], stages[0][index]
     main, residual = stages
-    if 1 < beam and len(main) * len(residual) <= PRODUCT_LIMIT:
+    if beam > 1 and len(main) * len(residual) <= PRODUCT_LIMIT:
         pair = nearest(vectors, (main[:, None] + residual).flatten(0, 1))[0][:, 0]
         index, partner_index = pair // len(residual), pair % len(residual)
         return [index, partner_index], main[index] + residual[partner_index]
