@@ -107,7 +107,7 @@ def test_outliers_pay() -> None:
     plain, finer = (
         quantize_weight(weight, hessian, layer(enable_perm=True, **options), seeded(0)) for options in ({}, outliers)
     )
-    assert last(finer.losses) < 0.7 * last(plain.losses)
+    assert last(finer.losses) < 0.8 * last(plain.losses)
 
 
 @settings(max_examples=15, deadline=None)

@@ -100,8 +100,14 @@ class Job:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        with init_empty_weights(include_buffers=False):
-            empty = AutoModelForCausalLM.from_config(self.model_config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
+        try:
+            with init_empty_weights(include_buffers=False):
+                empty = AutoModelForCausalLM.from_config(self.model_config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
+        except ValueError as error:  # its text lists every class that would do
+            kind = type(self.model_config).__name__
+            raise ConfigError(
+                f"transformers has no causal language model for {kind}: it cannot be quantized"
+            ) from error
         for module in empty.modules():  # buffers the code computed, such as rotary frequencies, were made on the CPU
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device) if not buffer.is_meta else buffer
