@@ -31,6 +31,7 @@ from vptq.quantize.pipeline import peak_memory_bytes
 from vptq.quantize.solver import quantize_weight
 from vptq.spec import QuantSpec
 
+REPEATS = 3
 NAIVE_DISTANCES = 1 << 24
 """Distances in the chunk of the naive search: 64 MiB of them, as much as a matrix in slices would hold at a time."""
 
@@ -97,14 +98,18 @@ def naive(layer: Layer) -> dict[str, Any]:
     count = config.num_vectors * config.in_features
     chunk = min(count, max(1, NAIVE_DISTANCES // config.num_centroids))
     vectors, codebook = torch.randn(chunk, config.vector_len), torch.randn(config.num_centroids, config.vector_len)
-    took = min(seconds(lambda: torch.cdist(vectors, codebook).argmin(1)) for _ in range(3))
+    began = time.process_time()
+    took = min(seconds(lambda: torch.cdist(vectors, codebook).argmin(1)) for _ in range(REPEATS))
+    used = (time.process_time() - began) / REPEATS
     return {
         "shape": [config.out_features, config.in_features],
         "vectors": count,
         "centroids": config.num_centroids,
         "measured_vectors": chunk,
         "measured_seconds": round(took, 5),
+        "measured_cpu_seconds": round(used, 5),
         "extrapolated_pass_seconds": round(took * count / chunk, 3),
+        "extrapolated_pass_cpu_seconds": round(used * count / chunk, 3),
     }
 
 
@@ -153,7 +158,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     distances = 2.0 * slow["vectors"] * slow["centroids"] * slowest.config.vector_len
     passes = sum(row["search_flops"] for row in rows) / distances
     print(
-        f"naive distance matrix: {slow['extrapolated_pass_seconds']:.2f} s for one assignment pass over"
+        f"naive distance matrix: {slow['extrapolated_pass_seconds']:.2f} s"
+        f" ({slow['extrapolated_pass_cpu_seconds']:.2f} CPU s) for one assignment pass over"
         f" {slow['shape'][0]} x {slow['shape'][1]}, extrapolated from {slow['measured_vectors']} of its"
         f" {slow['vectors']} vectors; all searches of this run are {passes:.1f} such passes"
     )
