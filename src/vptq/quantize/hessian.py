@@ -84,6 +84,20 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     raise CalibrationError("the Hessian is not positive semidefinite, whatever the damping: calibrate again")
 
 
+def find_hessian(folder: Path, block: int, module_names: Sequence[str]) -> Path:
+    """The file that `load_hessian` would read.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    tags = list(dict.fromkeys(COMMUNITY_TAGS.get(name, name) for name in module_names))
+    paths = [folder / f"{block}_{tag}.pt" for tag in tags]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise CalibrationError(f"--hessian-dir: none of {', '.join(str(p) for p in paths)} exists")
+    return path
+
+
 def load_hessian(folder: Path, block: int, module_names: Sequence[str], features: int) -> Tensor:
     """Reads a Hessian in the QuIP#/VPTQ community layout: `{block}_{tag}.pt` with flatH, mu, n.
 
@@ -100,11 +114,7 @@ def load_hessian(folder: Path, block: int, module_names: Sequence[str], features
     Raises:
         CalibrationError: no such file, not a tensor file (pickled objects are refused), or the wrong width.
     """
-    tags = list(dict.fromkeys(COMMUNITY_TAGS.get(name, name) for name in module_names))
-    paths = [folder / f"{block}_{tag}.pt" for tag in tags]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise CalibrationError(f"--hessian-dir: none of {', '.join(str(p) for p in paths)} exists")
+    path = find_hessian(folder, block, module_names)
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         flat, mean, width = stored["flatH"].float(), stored["mu"].float(), int(stored["n"])

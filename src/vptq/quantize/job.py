@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vptq.config import LayerConfig
-from vptq.errors import ConfigError, VPTQError
+from vptq.errors import CheckpointError, ConfigError, VPTQError
 from vptq.quantize.calibration import load_calibration
+from vptq.quantize.hessian import find_hessian
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.solver import SolverConfig
@@ -92,7 +93,7 @@ class Job:
 
     def leave_workspace(self) -> None:
         """Removes the work folder of a run that failed, unless it is an earlier run's."""
-        if not self.resume:
+        if not self.workspace.resumed:
             self.workspace.remove()
 
     def open_skeleton(self) -> Skeleton:
@@ -118,7 +119,7 @@ class Job:
             files = WeightFiles(Path(self.source.folder))
             if covers(files, empty):
                 return Skeleton(empty, files, self.device)
-        whole = self.memory_model if self.memory_model is not None else load_model(self._source, dtype="auto")
+        whole = self.memory_model if self.memory_model is not None else self._load_complete()
         return Skeleton(empty, spill(whole, spilled), self.device)
 
     def calibration_tokens(self, progress: ProgressCallback) -> tuple[Tensor, dict[str, Any]]:
@@ -145,15 +146,16 @@ class Job:
         )
 
     def check_layers(self, skeleton: Skeleton, progress: ProgressCallback) -> list[str]:
-        """Checks the spec against every layer and every weight for NaN.
+        """Checks the spec against every layer, every weight for NaN, and that no Hessian file is missing.
 
         Returns:
             A warning for each kind of layer whose codebook had to be clamped.
 
         Raises:
             ConfigError: the spec fits no layer, or a weight holds NaN or infinity.
+            CalibrationError: a Hessian file is missing.
         """
-        clamped: dict[str, str] = {}
+        clamped: dict[tuple[str, str], str] = {}
         kept = 0
         for index in range(len(skeleton.blocks)):
             progress(ProgressEvent("checking weights", index, len(skeleton.blocks)))
@@ -164,9 +166,9 @@ class Job:
                 except ConfigError as error:
                     raise ConfigError(f"{name}: {error}") from error
                 kept += config.num_centroids == self.spec.num_centroids
-                if config.num_centroids < self.spec.num_centroids:
-                    shape = f"{linear.out_features} x {linear.in_features}"
-                    clamped.setdefault(path, f"{path} ({shape}): codebook clamped to {config.num_centroids} centroids")
+                clamped |= {(path, kind): line for kind, line in self._clamped(path, config).items()}
+                if self.hessian_dir is not None:
+                    find_hessian(self.hessian_dir, index, [path.rpartition(".")[2]])
                 if not bool(torch.isfinite(skeleton.files.load(f"{name}.weight")).all()):
                     raise ConfigError(f"{name}.weight holds NaN or infinity: the model file is damaged")
         if not kept:
@@ -175,6 +177,20 @@ class Job:
                 " vectors; choose a smaller codebook or a shorter vector"
             )
         return [f"{warning}, one for each vector at most" for warning in clamped.values()]
+
+    def _clamped(self, path: str, config: LayerConfig) -> dict[str, str]:
+        """Codebook -> a warning, for those of a layer that are smaller than the spec's."""
+        sizes = {
+            "codebook": (self.spec.num_centroids, config.num_centroids),
+            "residual codebook": (self.spec.num_residual_centroids, config.num_residual_centroids),
+            "outlier codebook": (self.spec.outlier_num_centroids, config.outlier_num_centroids),
+        }
+        layer = f"{path} ({config.out_features} x {config.in_features})"
+        return {
+            kind: f"{layer}: {kind} clamped to {got} centroids"
+            for kind, (wanted, got) in sizes.items()
+            if 0 < got < wanted
+        }
 
     def tokenizer(self) -> Any | None:
         """The original's tokenizer, or None where there is none."""
@@ -200,6 +216,14 @@ class Job:
     def _source(self) -> ModelSource:
         assert self.source is not None
         return self.source
+
+    def _load_complete(self) -> Any:
+        """The original through transformers, which would fill in a missing tensor with random numbers."""
+        loaded: Any = load_model(self._source, dtype="auto", output_loading_info=True)
+        model, loading = loaded
+        if loading["missing_keys"]:
+            raise CheckpointError(f"{self.source}: no file of it holds {', '.join(sorted(loading['missing_keys']))}")
+        return model
 
     def _whole_model(self) -> Any:
         if self.memory_model is not None:

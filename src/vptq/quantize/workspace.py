@@ -33,10 +33,12 @@ class Workspace:
 
     Attributes:
         folder: where it is.
+        resumed: whether `open` entered a folder that an earlier run had made.
     """
 
     def __init__(self, output: Path) -> None:
         self.folder = output.with_name(f"{output.name}.work")
+        self.resumed = False
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
         """Makes the folder, or enters the one that is there.
@@ -56,6 +58,7 @@ class Workspace:
                 f"{self.folder} holds an interrupted run; go on with --resume or start over with --overwrite"
             )
         self.check(settings)
+        self.resumed = True
 
     @property
     def exists(self) -> bool:
