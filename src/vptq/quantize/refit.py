@@ -22,22 +22,26 @@ Books = list[list[Tensor]]
 """Codebook-shaped tensors: for each segment, for each stage, [k, v]."""
 
 CONVERGED = 1e-9
-"""Share of the first residual that ends a refit. Main and residual codebooks can trade a constant, so the equations are
-singular: steps taken on rounding errors alone would run off along that direction."""
+"""Share of the first residual's energy that ends a refit whatever the caller asks. Main and residual codebooks can
+trade a constant, so the equations are singular: steps taken on rounding errors alone would run off along that
+direction."""
 
 AFFINE_RIDGE = 1e-4
 """Share of the mean diagonal added to the scale equations: two columns with nearly equal inputs would share it out at
 will."""
 
 
-def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment], iterations: int) -> Tensor:
+def refit_codebooks(
+    columns: Tensor, hessian: Tensor, segments: Sequence[Segment], iterations: int, tolerance: float = CONVERGED
+) -> Tensor:
     """Moves every codebook towards its least-squares optimum; the loss does not rise, up to rounding.
 
     Args:
         columns: [in_features, out_features] float32, the weight in quantized order.
         hessian: [in_features, in_features] float32, symmetric, positive semidefinite; or its diagonal [in_features].
         segments: hold indices (read) and codebooks (replaced).
-        iterations: conjugate-gradient steps.
+        iterations: conjugate-gradient steps at most.
+        tolerance: stop when the (preconditioned) energy of the residual has fallen to this share.
 
     Returns:
         The decoded columns afterwards.
@@ -59,7 +63,7 @@ def refit_codebooks(columns: Tensor, hessian: Tensor, segments: Sequence[Segment
         following = _dot(residual, scaled)
         direction = _plus(scaled, following / energy, direction)
         energy = following
-        if energy < CONVERGED * first:
+        if energy < max(tolerance, CONVERGED) * first:
             break
     return decode_all(segments)
 

@@ -108,7 +108,7 @@ class Skeleton:
             if len(calls) == len(self.blocks) and all(other.shape == seen[0].shape for other in seen):
                 return seen[0], calls
         raise ConfigError(
-            f"{type(self.model).__name__} does not run its {self.blocks_name} one by one: it is not a decoder-only model"
+            f"{type(self.model).__name__} does not run its {self.blocks_name} one by one: not a decoder-only model"
         )
 
     def _load(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:

@@ -43,7 +43,9 @@ class SolverConfig:
         kmeans_iterations: Lloyd steps at most, per codebook.
         residual_rounds: joint assignments and refits of main and residual codebook before the first pass.
         refit_rounds: descent sweeps with a refit after each, at most.
-        refit_steps: conjugate-gradient steps of one refit.
+        refit_steps: conjugate-gradient steps of one refit at most.
+        refit_tolerance: a refit ends when its residual's energy has fallen to this share; small codebooks get there
+            soon.
         min_gain: a round that lowers the loss by less than this share of it is the last.
     """
 
@@ -54,6 +56,7 @@ class SolverConfig:
     residual_rounds: int = 3
     refit_rounds: int = 4
     refit_steps: int = 5
+    refit_tolerance: float = 1e-2
     min_gain: float = 0.007
 
     def beam_for(self, segment: Segment) -> int:
@@ -195,7 +198,13 @@ def _initialize_codebooks(problem: _Problem, config: LayerConfig, generator: tor
         for _ in range(solver.residual_rounds):
             for segment in problem.segments:
                 segment.assign(problem.columns, solver.beam_for(segment))
-            refit_codebooks(problem.columns, problem.hessian.diagonal(), problem.segments, solver.refit_steps)
+            refit_codebooks(
+                problem.columns,
+                problem.hessian.diagonal(),
+                problem.segments,
+                solver.refit_steps,
+                solver.refit_tolerance,
+            )
         problem.record("joint codebooks", decode_all(problem.segments))
 
 
@@ -208,14 +217,14 @@ def _optimize(problem: _Problem, factor: Tensor, *, affine: bool) -> None:
     for _ in range(solver.refit_rounds):
         if affine:
             refit_normalization(columns, hessian, segments, problem.dtype)
-        decoded = refit_codebooks(columns, hessian, segments, solver.refit_steps)
+        decoded = refit_codebooks(columns, hessian, segments, solver.refit_steps, solver.refit_tolerance)
         problem.record("refit", decoded)
         decoded = descent_sweep(columns, hessian, segments, decoded, solver.beam_for, solver.block_size)
         loss = problem.record("descent", decoded)
         if loss > previous * (1.0 - solver.min_gain):
             break
         previous = loss
-    problem.record("refit", refit_codebooks(columns, hessian, segments, solver.refit_steps))
+    problem.record("refit", refit_codebooks(columns, hessian, segments, solver.refit_steps, solver.refit_tolerance))
     for segment in segments:
         segment.stages = [book.to(problem.dtype).float() for book in segment.stages]
     problem.losses.pop("descent", None)
