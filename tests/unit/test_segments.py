@@ -66,6 +66,22 @@ def test_a_wider_beam_is_never_worse_and_one_of_one_is_greedy(monkeypatch: pytes
     assert torch.equal(assign(vectors, stages, beam=1)[0][0], greedy)
 
 
+def test_a_memory_budget_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments_module, "PRODUCT_LIMIT", 0)
+    draw = seeded(0)
+    vectors = torch.randn(101, 4, generator=draw)
+    stages = [torch.randn(16, 4, generator=draw), torch.randn(16, 4, generator=draw) / 2]
+    expected, expected_values = assign(vectors, stages, beam=4)
+    used = []
+    nearest = segments_module.nearest
+    monkeypatch.setattr(segments_module, "BEAM_ELEMENTS", 4 * 4 * 10)
+    monkeypatch.setattr(segments_module, "nearest", lambda x, *rest: (used.append(len(x)), nearest(x, *rest))[1])
+    chosen, values = assign(vectors, stages, beam=4)
+    assert max(used) == 40, "ten vectors with four candidates each"
+    assert all(torch.equal(a, b) for a, b in zip(chosen, expected, strict=True))
+    assert torch.equal(values, expected_values)
+
+
 def test_one_stage_takes_the_nearest_centroid() -> None:
     draw = seeded(0)
     vectors, book = torch.randn(50, 4, generator=draw), torch.randn(9, 4, generator=draw)
