@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.hessian import HessianAccumulator, load_hessian
 from vptq.quantize.job import Job
+from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.solver import Solution, quantize_weight
@@ -66,56 +67,66 @@ class BlockSolver:
         return workspace.block_reports(index)
 
     def _solve(self, index: int) -> Solved:
-        solved: Solved = {}
         if self.activations is None:
-            for name, linear in self.skeleton.linears(index).items():
-                group = InputGroup((name,), linear.in_features)
-                self._solve_group(index, group, self._stored_hessian(index, group), solved)
-            return solved
-        groups = self.activations.input_groups(index)
-        original = self.job.hessian_inputs == "original"
-        if original or len(groups) > MAX_SEQUENTIAL_GROUPS:
-            moments = self.activations.hessians(index, groups, advance=original)
-            for group, moment in zip(groups, moments, strict=True):
-                self._solve_group(index, group, self._hessian(index, group, moment), solved)
+            groups = [InputGroup((name,), linear.in_features) for name, linear in self.skeleton.linears(index).items()]
+            solved = self._solve_groups(index, [(group, self._stored_hessian(index, group)) for group in groups])
         else:
-            for group in groups:
-                (moment,) = self.activations.hessians(index, [group])
-                self._solve_group(index, group, self._hessian(index, group, moment), solved)
-        if not original:
-            self.activations.run_block(index, advance=True)
+            solved = self._solve_with(self.activations, index)
         return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}
+
+    def _solve_with(self, activations: Activations, index: int) -> Solved:
+        """Solves the block with Hessians of its activations, and moves those past it."""
+        groups = activations.input_groups(index)
+        original = self.job.hessian_inputs == "original"
+        together = [groups] if original or len(groups) > MAX_SEQUENTIAL_GROUPS else [[group] for group in groups]
+        solved: Solved = {}
+        for some in together:
+            moments = activations.hessians(index, some, advance=original)
+            pairs = zip(some, moments, strict=True)
+            solved |= self._solve_groups(index, [(group, self._hessian(index, group, m)) for group, m in pairs])
+        if not original:
+            activations.run_block(index, advance=True)
+        return solved
+
+    def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Tensor]]) -> Solved:
+        """Quantizes the layers of some input groups; in "quantized" mode the block goes on with what will be stored."""
+        linears = self.skeleton.linears(index)
+        tasks = [(name, hessian) for group, hessian in groups for name in group.names]
+        tasks.sort(key=lambda task: -linears[task[0]].weight.numel())
+        sizes = [linears[name].weight.numel() for name, _ in tasks]
+        solved: Solved = {}
+        solve = partial(self._solve_layer, index)
+        for name, solution, seconds in map_layers(solve, tasks, sizes, self.job.device):
+            path = self._path(index, name)
+            weight = solution.weight.absorb_perm() if self.job.absorb_perm else solution.weight
+            tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(self.job.dtype).items()}
+            solved[path] = (self._layer_report(path, weight.config, solution, seconds), tensors)
+            if self.job.hessian_inputs == "quantized":
+                linears[name].weight.data.copy_(dequantize(weight.config, tensors).to(linears[name].weight))
+        return solved
+
+    def _solve_layer(self, index: int, task: tuple[str, Tensor]) -> tuple[str, Solution, float]:
+        """One layer; called from several threads at once."""
+        name, hessian = task
+        path, linear = self._path(index, name), self.skeleton.linears(index)[name]
+        began = time.monotonic()
+        generator = torch.Generator(self.job.device).manual_seed(zlib.crc32(f"{self.job.seed}/{path}".encode()))
+        try:
+            solution = quantize_weight(
+                linear.weight.data,
+                hessian,
+                self.job.layer_config(linear),
+                generator,
+                dtype=self.job.dtype,
+                bias=None if linear.bias is None else linear.bias.data,
+                solver=self.job.solver,
+            )
+        except VPTQError as error:
+            raise type(error)(f"{path}: {error}") from error
+        return name, solution, time.monotonic() - began
 
     def _path(self, index: int, name: str) -> str:
         return f"{self.skeleton.blocks_name}.{index}.{name}"
-
-    def _solve_group(self, index: int, group: InputGroup, hessian: Tensor, solved: Solved) -> None:
-        """Quantizes the layers of one input group; in "quantized" mode the block goes on with what will be stored."""
-        job = self.job
-        linears = self.skeleton.linears(index)
-        for path in group.names:
-            name = self._path(index, path)
-            began = time.monotonic()
-            linear = linears[path]
-            generator = torch.Generator(job.device).manual_seed(zlib.crc32(f"{job.seed}/{name}".encode()))
-            config = job.layer_config(linear)
-            try:
-                solution = quantize_weight(
-                    linear.weight.data,
-                    hessian,
-                    config,
-                    generator,
-                    dtype=job.dtype,
-                    bias=None if linear.bias is None else linear.bias.data,
-                    solver=job.solver,
-                )
-            except VPTQError as error:
-                raise type(error)(f"{name}: {error}") from error
-            weight = solution.weight.absorb_perm() if job.absorb_perm else solution.weight
-            tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(job.dtype).items()}
-            solved[name] = (self._layer_report(name, weight.config, solution, time.monotonic() - began), tensors)
-            if job.hessian_inputs == "quantized":
-                linear.weight.data.copy_(dequantize(weight.config, tensors).to(linear.weight))
 
     def _install(self, index: int) -> None:
         """Puts the stored weights of a finished block into its linear layers."""
