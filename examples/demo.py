@@ -91,7 +91,7 @@ def quantize_once(original: Path, folder: Path, spec: str) -> Report:
             calibration="self",
             sequences=SEQUENCES,
             seqlen=SEQLEN,
-            hessian_inputs="original",  # one pass a block instead of five: this is a demonstration with minutes to spend
+            hessian_inputs="original",  # one pass a block instead of five: a demonstration has minutes
             dtype=torch.float16,
             overwrite=folder.exists(),
             resume=not folder.exists(),  # an interrupted demo goes on where it was
