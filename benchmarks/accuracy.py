@@ -54,9 +54,7 @@ def collect(model: str, text: Path, sequences: int, seqlen: int, folder: Path) -
     with calibrated(model, text, sequences, seqlen) as original, staged_folder(folder) as staging:
         blocks = len(original.skeleton.blocks)
         for index in range(blocks):
-            original.skeleton.load_block(index, original.job.compute_dtype)
             save_moments(original.moments(index), index, staging)
-            original.skeleton.unload_block(index)
             print(f"block {index + 1} of {blocks}", flush=True)
 
 

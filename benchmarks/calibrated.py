@@ -23,22 +23,27 @@ Moments = list[tuple[InputGroup, HessianAccumulator]]
 
 @dataclass
 class Calibrated:
-    """An original model and the hidden states of a text at the input of its next block."""
+    """An original model and the hidden states of a text at the input of block `position`."""
 
     job: Job
     skeleton: Skeleton
     activations: Activations
+    position: int = 0
 
     def moments(self, index: int) -> Moments:
-        """Runs the text through block `index`, whose weights are loaded, and on to the next."""
+        """Runs the text on to block `index` and through it; the block's weights, and no other's, stay loaded."""
+        for skipped in range(self.position, index):
+            self._load(skipped)
+            self.activations.run_block(skipped, advance=True)
+        self._load(index)
+        self.position = index + 1
         groups = self.activations.input_groups(index)
         return list(zip(groups, self.activations.hessians(index, groups, advance=True), strict=True))
 
-    def skip(self, index: int) -> None:
-        """Runs the text through block `index` and forgets the block."""
+    def _load(self, index: int) -> None:
+        if index:
+            self.skeleton.unload_block(index - 1)
         self.skeleton.load_block(index, self.job.compute_dtype)
-        self.activations.run_block(index, advance=True)
-        self.skeleton.unload_block(index)
 
 
 @contextmanager

@@ -6,7 +6,8 @@
 A table for people, then one line of JSON. Beside each stage stands its lower bound: the multiply-adds of its matrix
 products and of comparing every vector with every centroid it was compared with, at the rate of this machine's own
 float32 matrix multiplication. For the largest cost, `naive` is the same search with a distance matrix
-(torch.cdist and argmin), measured on a chunk of vectors and extrapolated to all of them.
+(torch.cdist and argmin), measured on a chunk of vectors and extrapolated to all of them. The layers of a block run one
+after the other here, so that each second has one owner; `vptq quantize` solves small ones side by side.
 """
 
 from __future__ import annotations
@@ -62,10 +63,7 @@ def synthetic(shape: tuple[int, int], spec: QuantSpec) -> Layer:
 def block_layers(arguments: argparse.Namespace, clock: Clock) -> Iterator[Layer]:
     """The layers of one decoder block with the original model's Hessians."""
     with calibrated(arguments.model, arguments.text, arguments.sequences, arguments.seqlen, arguments.spec) as original:
-        for index in range(arguments.block):
-            original.skip(index)
-        original.skeleton.load_block(arguments.block, original.job.compute_dtype)
-        with clock.stage("run the block, Hessians"):
+        with clock.stage("run the blocks, Hessians"):
             moments = original.moments(arguments.block)
         linears = original.skeleton.linears(arguments.block)
         for group, moment in moments:

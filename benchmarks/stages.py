@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from vptq.quantize import kmeans, segments, solver
+from vptq.quantize import kmeans, refit, segments, solver
 
 Flops = Callable[..., float]
 
@@ -80,6 +80,11 @@ class Clock:
             self._open[-1].search_seconds += seconds
             self._open[-1].search_flops += 2.0 * vectors.numel() * len(codebook)
 
+    def product(self, flops: float) -> None:
+        """Counts one matrix product."""
+        if self._open:
+            self._open[-1].product_flops += flops
+
     def _charge(self) -> None:
         now = (time.perf_counter(), time.process_time())
         if self._open:
@@ -93,10 +98,6 @@ def _products(times: float) -> Flops:
     return lambda columns, *rest, **options: times * 2.0 * columns.shape[0] ** 2 * columns.shape[1]
 
 
-def _refit(columns: Tensor, hessian: Tensor, _segments: Any, iterations: int) -> float:
-    return (1 + iterations) * 2.0 * hessian.numel() * columns.shape[1] if hessian.dim() == 2 else 0.0
-
-
 def _factor(hessian: Tensor, _damping: float) -> float:
     return 4.0 / 3.0 * len(hessian) ** 3  # two Cholesky factorizations and the inverse between them
 
@@ -108,7 +109,7 @@ STAGES: tuple[tuple[str, str, Flops | None], ...] = (
     ("inverse_factor", "Cholesky", _factor),
     ("feedback_pass", "feedback pass", _products(0.5)),
     ("refit_normalization", "refit normalization", _products(2)),
-    ("refit_codebooks", "refit codebooks", _refit),
+    ("refit_codebooks", "refit codebooks", None),
     ("descent_sweep", "descent sweeps", _products(1.5)),
     ("_result", "collect the result", None),
 )
@@ -135,11 +136,20 @@ def timed(clock: Clock) -> Iterator[None]:
 
         return run
 
+    def weigh(function: Callable[..., Any]) -> Callable[..., Any]:
+        # A refit stops when it is done, so only its products themselves tell how many there were.
+        def run(hessian: Tensor, columns: Tensor) -> Any:
+            clock.product(2.0 * hessian.numel() * columns.shape[1] if hessian.dim() == 2 else 0.0)
+            return function(hessian, columns)
+
+        return run
+
     with ExitStack() as patches:
         for function, name, flops in STAGES:
             patches.enter_context(patch.object(solver, function, watch(getattr(solver, function), name, flops)))
         record = watch(solver._Problem.record, "report the loss", lambda problem, *rest: _products(1)(problem.columns))
         patches.enter_context(patch.object(solver._Problem, "record", record))
+        patches.enter_context(patch.object(refit, "_weigh", weigh(refit._weigh)))
         for module in (kmeans, segments):
             patches.enter_context(patch.object(module, "nearest", search(module.nearest)))
         yield
