@@ -18,6 +18,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
+    "bos_token_id": 1,
 }
 GROUPED = {"num_key_value_heads": 2}
 # What differs from one to the next: names and nesting, biases, fused projections, parallel attention and MLP, norms

@@ -81,7 +81,7 @@ def test_weights_that_are_all_zero_count_as_one() -> None:
 
 
 def test_seeding_draws_every_centroid_from_another_vector() -> None:
-    """512 centroids are drawn eight at a time, which must not draw one twice."""
+    """512 centroids are drawn in batches, which must not draw one twice."""
     vectors, weights = random_vectors(700, 2)
     seeds = weighted_kmeans(vectors, weights, 512, seeded(0), max_iterations=0)
     assert seeds.shape == (512, 2)

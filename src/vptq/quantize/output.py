@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def write_output(
     Raises:
         CheckpointError: the folder exists, or the disk is full.
     """
-    config: Any = skeleton.model.config
+    config: Any = copy.deepcopy(skeleton.model.config)  # a model in memory shares its own with the skeleton
     config.architectures = config.architectures or [type(skeleton.model).__name__]
     config.dtype = dtype
     left = tuple(name for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and name not in layers)
