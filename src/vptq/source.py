@@ -140,7 +140,7 @@ def load_model(
 
     Raises:
         ConfigError: There is no such model, or transformers cannot build it.
-        CheckpointError: It is a damaged VPTQ checkpoint.
+        CheckpointError: The folder holds no weights, or a damaged VPTQ checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
