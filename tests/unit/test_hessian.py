@@ -37,6 +37,7 @@ def test_sums_are_float32_whatever_the_inputs() -> None:
 def test_the_hessian_is_symmetric_to_the_bit() -> None:
     accumulator = HessianAccumulator(40)
     accumulator.add(torch.randn(300, 40, generator=seeded(0)))
+    accumulator._sum[3, 5] += 1e-3  # some matrix multiplications round the two halves differently
     hessian = accumulator.hessian()
     assert torch.equal(hessian, hessian.T)
 

@@ -199,6 +199,8 @@ def test_dead_inputs_and_constant_columns_are_harmless(norm: bool) -> None:
     solution = quantize_weight(weight, hessian, config, seeded(0), dtype=torch.float32)
     dense = dequantize(config, solution.weight.to_tensors(torch.float32))
     assert bool(torch.isfinite(dense).all())
+    dead = (dense - weight)[:, 3].square().mean() / weight[:, 3].square().mean()
+    assert float(dead) < 0.5, "nothing depends on it, but it is quantized like any other column"
     assert 0 < last(solution.losses) == pytest.approx(measured_loss(solution, weight, hessian, torch.float32), rel=1e-3)
 
 
