@@ -74,11 +74,11 @@ class Clock:
         """Whether the stage `name` has been entered and not left."""
         return any(stage is self.stages.get(name) for stage in self._open)
 
-    def search(self, vectors: Tensor, codebook: Tensor, seconds: float) -> None:
+    def search(self, flops: float, seconds: float) -> None:
         """Counts one search for nearest centroids."""
         if self._open:
             self._open[-1].search_seconds += seconds
-            self._open[-1].search_flops += 2.0 * vectors.numel() * len(codebook)
+            self._open[-1].search_flops += flops
 
     def product(self, flops: float) -> None:
         """Counts one matrix product."""
@@ -96,6 +96,17 @@ class Clock:
 def _products(times: float) -> Flops:
     """Flops of `times` products of the Hessian [n, n] with columns [n, m]."""
     return lambda columns, *rest, **options: times * 2.0 * columns.shape[0] ** 2 * columns.shape[1]
+
+
+def _distances(vectors: Tensor, codebook: Tensor, _beam: int = 1) -> float:
+    return 2.0 * vectors.numel() * len(codebook)
+
+
+def _column_distances(base: Tensor, *rest: Any) -> float:
+    """As if every main centroid, and every residual centroid for each candidate of the beam, were compared."""
+    main, residual, beam = rest[4], rest[5], rest[8]
+    pairs = 0 if residual is None else min(beam, len(main)) * len(residual)
+    return 2.0 * base.numel() * (len(main) + pairs)
 
 
 def _factor(hessian: Tensor, _damping: float) -> float:
@@ -127,11 +138,11 @@ def timed(clock: Clock) -> Iterator[None]:
 
         return run
 
-    def search(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(vectors: Tensor, codebook: Tensor, beam: int = 1) -> Any:
+    def search(function: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
             began = time.perf_counter()
-            found = function(vectors, codebook, beam)
-            clock.search(vectors, codebook, time.perf_counter() - began)
+            found = function(*arguments)
+            clock.search(flops(*arguments), time.perf_counter() - began)
             return found
 
         return run
@@ -150,6 +161,8 @@ def timed(clock: Clock) -> Iterator[None]:
         record = watch(solver._Problem.record, "report the loss", lambda problem, *rest: _products(1)(problem.columns))
         patches.enter_context(patch.object(solver._Problem, "record", record))
         patches.enter_context(patch.object(refit, "_weigh", weigh(refit._weigh)))
-        for module in (kmeans, segments):
-            patches.enter_context(patch.object(module, "nearest", search(module.nearest)))
+        for module in (kmeans, solver):
+            patches.enter_context(patch.object(module, "nearest", search(module.nearest, _distances)))
+        columns = search(segments.assign_columns, _column_distances)
+        patches.enter_context(patch.object(segments, "assign_columns", columns))
         yield

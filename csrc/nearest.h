@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "isa.h"
-
 namespace vptq {
 
 struct NearestProblem {
@@ -27,7 +25,5 @@ struct NearestKernel {
   void (*prepare)(const NearestProblem&, float* prepared);
   void (*run)(const NearestProblem&, const float* prepared, float* scratch, int64_t begin, int64_t end);
 };
-
-const NearestKernel& nearest_kernel(Isa isa);
 
 }  // namespace vptq

@@ -1,4 +1,4 @@
-// The nearest-centroid kernel, compiled once for each instruction set by nearest_{generic,avx2,avx512}.cpp.
+// The nearest-centroid kernel, compiled once for each instruction set by kernels_{generic,avx2,avx512}.cpp.
 //
 // |x - c|^2 is smallest where score(x, c) = x.c - |c|^2/2 is largest, so one multiply-add per coordinate does it, with
 // -|c|^2/2 as the accumulator's first value. The hot loop keeps only the best score of each lane over a "superblock"
@@ -17,9 +17,6 @@
 //
 // NaN and overflow: a centroid whose score is NaN or -inf is taken only when too few others are left, lowest index
 // first. So indices are always valid and distinct, and a vector that holds NaN gets 0, 1, 2, ... at distance NaN.
-
-#include "lanes.h"
-#include "nearest_layout.h"
 
 namespace vptq {
 namespace VPTQ_ISA {
@@ -249,12 +246,6 @@ void run(const NearestProblem& p, const float* prepared, float* scratch, int64_t
   }
 }
 
-#undef VPTQ_INLINE
-
 }  // namespace
-
-extern const NearestKernel kNearest;
-const NearestKernel kNearest = {codebook_floats, scratch_floats, prepare, run};
-
 }  // namespace VPTQ_ISA
 }  // namespace vptq

@@ -48,6 +48,15 @@ def test_opcheck_nearest(beam: int) -> None:
     torch.library.opcheck(torch.ops.vptq.nearest.default, (torch.randn(10, 4), torch.randn(6, 4), beam))
 
 
+@pytest.mark.parametrize("residual", [None, torch.randn(3, 4)], ids=["one book", "two books"])
+def test_opcheck_assign_columns(residual: torch.Tensor | None) -> None:
+    base, coupling, main = torch.randn(4, 9), torch.randn(4, 4), torch.randn(6, 4)
+    indices = torch.zeros(4, 3, dtype=torch.int64)
+    more = None if residual is None else indices.clone()
+    arguments = (base, coupling, base.clone(), torch.ones(4), torch.zeros(4), main, residual, indices, more, 2)
+    torch.library.opcheck(torch.ops.vptq.assign_columns.default, arguments)
+
+
 @CONFIGS
 def test_compile_without_graph_breaks(config: LayerConfig) -> None:
     layer = make_layer(config)

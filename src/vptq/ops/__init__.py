@@ -1,4 +1,4 @@
-"""The operators: `linear`, `dequantize` and `nearest`, the same on every device.
+"""The operators: `linear`, `dequantize`, `nearest` and `assign_columns`, the same on every device.
 
 Each is one `torch.library` schema (`vptq::linear`, ...) with a PyTorch implementation for every device and faster ones
 where a backend has them; see `schemas` for the contract, `backends` for the choice. The functions here give them
@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vptq.ops import dense, search
+from vptq.ops import columns, dense, search
 from vptq.ops.backends import BackendStatus, backends
 
-__all__ = ["BackendStatus", "backends", "dequantize", "linear", "nearest"]
+__all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "nearest"]
 
 # The implementations stand behind the schemas; the names keep a linter from calling them unused.
-_ = (dense, search)
+_ = (columns, dense, search)
 
 
 def dequantize(
@@ -156,4 +156,48 @@ def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, T
         ConfigError: Shapes, dtypes or `beam` do not fit (RuntimeError from the C++ kernel).
     """
     result: tuple[Tensor, Tensor] = torch.ops.vptq.nearest.default(vectors, codebook, beam)
+    return result
+
+
+def assign_columns(
+    base: Tensor,
+    coupling: Tensor | None,
+    present: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    main: Tensor,
+    residual: Tensor | None,
+    indices: Tensor,
+    residual_indices: Tensor | None,
+    beam: int,
+) -> tuple[Tensor, Tensor]:
+    """Chooses centroids for `n` weight columns, one after another, each seeing the errors of those before it.
+
+    For column p: target_p = base_p + sum over q < p of coupling[p, q] errors_q; its vectors, (target_p - shift_p) /
+    scale_p cut into runs of v rows, take their nearest centroids; errors_p = values_p - target_p, or values_p -
+    present_p where `present` is given.
+
+    Args:
+        base: float32 [n, rows].
+        coupling: float32 [n, n], read below its diagonal; None where columns do not see each other.
+        present: float32 [n, rows], what the indices stand for now; a vector then keeps them unless it finds nearer
+            ones.
+        scale: float32 [n], not zero.
+        shift: float32 [n].
+        main: float32 [K, v].
+        residual: float32 [Kr, v], whose entries are added to those of `main`, or None.
+        indices: int64 [n, ceil(rows / v)], written in place (and read where `present` is given).
+        residual_indices: The same for `residual`, or None.
+        beam: At least so many main centroids are tried with their best residual centroid; 1 is greedy, K exact. Sizes
+            above K count as K.
+
+    Returns:
+        Values and errors, float32 [n, rows].
+
+    Raises:
+        ConfigError: Shapes, dtypes or `beam` do not fit (RuntimeError from the C++ kernel).
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.vptq.assign_columns.default(
+        base, coupling, present, scale, shift, main, residual, indices, residual_indices, beam
+    )
     return result

@@ -10,6 +10,7 @@ an absent tensor is None. Sizes that the shapes imply are not passed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ LIBRARY: Any = torch.library.Library("vptq", "DEF")  # type: ignore[no-untyped-c
 LIBRARY.define(f"dequantize({_STORED}, {_SIZES}) -> Tensor")
 LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}) -> Tensor")
 LIBRARY.define("nearest(Tensor vectors, Tensor codebook, int beam=1) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "assign_columns(Tensor base, Tensor? coupling, Tensor? present, Tensor scale, Tensor shift, Tensor main, "
+    "Tensor? residual, Tensor(a!) indices, Tensor(b!)? residual_indices, int beam) -> (Tensor, Tensor)"
+)
 
-OPERATORS = ("dequantize", "linear", "nearest")
+OPERATORS = ("dequantize", "linear", "nearest", "assign_columns")
 
 
 def check_input(x: Tensor, codebook: Tensor, in_features: int) -> None:
@@ -90,5 +95,10 @@ def _fake_nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Ten
     return vectors.new_empty(shape, dtype=torch.int64), vectors.new_empty(shape)
 
 
-for _name, _fake in (("dequantize", _fake_dequantize), ("linear", _fake_linear), ("nearest", _fake_nearest)):
+def _fake_assign_columns(base: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base), torch.empty_like(base)
+
+
+_FAKES: tuple[Callable[..., Any], ...] = (_fake_dequantize, _fake_linear, _fake_nearest, _fake_assign_columns)
+for _name, _fake in zip(OPERATORS, _FAKES, strict=True):
     torch.library.register_fake(f"vptq::{_name}", _fake, lib=LIBRARY)

@@ -8,12 +8,9 @@ factor of H^-1. Rows do not interact under tr(E H E^T), so nearest means Euclide
 the loss is H_jj |target_j - q_j|^2 plus a constant, where target_j = q_j + (H E)_j / H_jj, so choosing the nearest
 centroid of target_j is the exact minimum over column j and a sweep can only lower the loss.
 
-Both work in lazy blocks (GPTQ, arXiv 2210.17323, section 3.3): inside a block the updates are rank one, behind it one
-matrix product. The block size changes the order of the sums and nothing else.
-
-    columns      | done | p | rest of block | columns behind the block          |
-    inside             read   rank-1 update
-    after a block                             one matrix product with all errors
+Both are `ops.assign_columns` with a coupling of their own, in lazy blocks (GPTQ, arXiv 2210.17323, section 3.3): that
+operator carries the errors from column to column inside a block, one matrix product carries them to the columns behind
+it. The block size changes the order of the sums and nothing else.
 """
 
 from __future__ import annotations
@@ -45,13 +42,12 @@ def feedback_pass(
     """
     work = columns.clone()
     decoded = torch.empty_like(columns)
-    for start, stop in _blocks(len(columns), block_size):
-        errors = torch.empty_like(work[start:stop])
-        for p, segment in _columns(segments, start, stop):
-            decoded[p] = segment.assign_column(p, work[p], beam_for(segment))
-            errors[p - start] = (work[p] - decoded[p]) / factor[p, p]
-            work[p + 1 : stop].addr_(factor[p, p + 1 : stop], errors[p - start], alpha=-1.0)
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+    feedback = factor / factor.diagonal()[:, None]  # row q: what a unit error of column q asks of those behind it
+    for segment, start, stop in _blocks(segments, block_size):
+        coupling = feedback[start:stop, start:stop].T
+        beam = beam_for(segment)
+        decoded[start:stop], errors = segment.assign_columns(start, stop, work[start:stop], coupling, beam)
+        work[stop:].addmm_(feedback[start:stop, stop:].T, errors)
     return decoded
 
 
@@ -73,24 +69,16 @@ def descent_sweep(
     """
     decoded = decoded.clone()
     pull = hessian @ (columns - decoded)  # row j: (H E)_j, minus half the gradient of the loss by column j
-    for start, stop in _blocks(len(columns), block_size):
-        steps = torch.empty_like(pull[start:stop])
-        for p, segment in _columns(segments, start, stop):
-            target = decoded[p] + pull[p] / hessian[p, p]
-            value = segment.assign_column(p, target, beam_for(segment), keep_better=True)
-            steps[p - start] = value - decoded[p]
-            decoded[p] = value
-            pull[p + 1 : stop].addr_(hessian[p, p + 1 : stop], steps[p - start], alpha=-1.0)
-        pull[stop:].addmm_(hessian[start:stop, stop:].T, steps, alpha=-1.0)
+    for segment, start, stop in _blocks(segments, block_size):
+        at = slice(start, stop)
+        diagonal = hessian.diagonal()[at, None]
+        base, coupling = decoded[at] + pull[at] / diagonal, -hessian[at, at] / diagonal
+        decoded[at], steps = segment.assign_columns(start, stop, base, coupling, beam_for(segment), decoded[at])
+        pull[stop:].addmm_(hessian[at, stop:].T, steps, alpha=-1.0)
     return decoded
 
 
-def _blocks(count: int, block_size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, block_size):
-        yield start, min(start + block_size, count)
-
-
-def _columns(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[int, Segment]]:
+def _blocks(segments: Sequence[Segment], size: int) -> Iterator[tuple[Segment, int, int]]:
     for segment in segments:
-        for p in range(max(start, segment.start), min(stop, segment.stop)):
-            yield p, segment
+        for start in range(segment.start, segment.stop, size):
+            yield segment, start, min(start + size, segment.stop)

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError
+from vptq.ops import nearest
 from vptq.quantize.feedback import descent_sweep, feedback_pass
 from vptq.quantize.hessian import inverse_factor
 from vptq.quantize.kmeans import weighted_kmeans
 from vptq.quantize.refit import refit_codebooks, refit_normalization
-from vptq.quantize.segments import Segment, assign, decode_all
+from vptq.quantize.segments import Segment, decode_all
 from vptq.weight import QuantizedWeight
 
 
@@ -191,7 +192,7 @@ def _initialize_codebooks(problem: _Problem, config: LayerConfig, generator: tor
         for size in sizes:
             book = weighted_kmeans(rest, weights, size, generator, max_iterations=solver.kmeans_iterations)
             segment.stages.append(book)
-            rest = rest - assign(rest, [book], 1)[1]
+            rest = rest - book[nearest(rest, book)[0][:, 0]]
         segment.assign(problem.columns, beam=1)
     problem.record("k-means", decode_all(problem.segments))
     if config.has_residual:

@@ -6,13 +6,13 @@
 #include <cstring>
 #include <limits>
 
-#include "nearest.h"
+#include "kernels.h"
 
 #define VPTQ_TARGET "avx2,fma"
 #define VPTQ_ISA avx2
 #define VPTQ_LANES 8
 #define VPTQ_TILE 4
 #include "target_begin.h"
-#include "nearest_body.h"
+#include "kernels_body.h"
 #include "target_end.h"
 #endif

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "nearest.h"
+#include "kernels.h"
 
 #define VPTQ_ISA generic
 #define VPTQ_LANES 4
@@ -13,4 +13,4 @@
 #else
 #define VPTQ_TILE 4
 #endif
-#include "nearest_body.h"
+#include "kernels_body.h"

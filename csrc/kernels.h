@@ -1,0 +1,19 @@
+// All kernels of one instruction set.
+#pragma once
+
+#include "columns.h"
+#include "isa.h"
+#include "nearest.h"
+#include "stages.h"
+
+namespace vptq {
+
+struct Kernels {
+  NearestKernel nearest;
+  StagesKernel stages;
+  ColumnsKernel columns;
+};
+
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace vptq

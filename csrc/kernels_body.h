@@ -1,0 +1,22 @@
+// Every kernel's body, for the instruction set of the including file.
+#include "lanes.h"
+#include "nearest_layout.h"
+#include "nearest_body.h"
+#include "pairs_body.h"
+#include "stages_body.h"
+#include "columns_body.h"
+
+namespace vptq {
+namespace VPTQ_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    {codebook_floats, scratch_floats, prepare, run},
+    {stages_prepared_floats, stages_scratch_floats, prepare_stages, search_stages},
+    {columns_scratch_floats, run_columns},
+};
+
+#undef VPTQ_INLINE
+
+}  // namespace VPTQ_ISA
+}  // namespace vptq
