@@ -28,7 +28,7 @@ from stages import Clock, timed
 from torch import Tensor
 
 from vptq.config import LayerConfig
-from vptq.quantize.pipeline import peak_memory_bytes
+from vptq.quantize.memory import peak_memory_bytes
 from vptq.quantize.solver import quantize_weight
 from vptq.spec import QuantSpec
 

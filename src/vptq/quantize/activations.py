@@ -7,6 +7,7 @@ quantized layers before it produce, inside the block too; a pass stops as soon a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Activations:
     """The hidden states of all calibration sequences between two blocks, kept on the CPU.
 
     Attributes:
-        batches: [batch, seqlen, hidden] each, in the dtype of the computation.
+        batches: [batch, seqlen, hidden] each, in the dtype of the computation; views of one tensor.
     """
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
@@ -48,7 +49,12 @@ class Activations:
         self._calls: dict[int, list[BlockCall]] = {}
         for batch in {len(batch): batch for batch in token_batches}.values():
             self._calls[len(batch)] = skeleton.block_calls(batch, dtype)
-        self.batches = [hidden.cpu() for hidden in skeleton.embed(token_batches, dtype)]
+        hidden = skeleton.embed(token_batches, dtype)
+        first = next(hidden)
+        states = torch.empty(*tokens.shape, first.shape[-1], dtype=dtype)
+        self.batches = list(states.split(size))  # type: ignore[no-untyped-call]
+        for batch, entering in zip(self.batches, itertools.chain([first], hidden), strict=True):
+            batch.copy_(entering)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +78,7 @@ class Activations:
             except Stop:
                 output = None
             if advance:
-                self.batches[position] = first_tensor(output).cpu()
+                batch.copy_(first_tensor(output))  # in place: new tensors for every block would tear the heap to pieces
             if visit is not None:
                 visit(position + 1)
 

@@ -20,6 +20,7 @@ from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.hessian import HessianAccumulator, load_hessian
 from vptq.quantize.job import Job
+from vptq.quantize.memory import return_freed_memory
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
@@ -64,6 +65,7 @@ class BlockSolver:
                     self._install(index)
                 self.activations.run_block(index, advance=True)
         self.skeleton.unload_block(index)
+        return_freed_memory()
         return workspace.block_reports(index)
 
     def _solve(self, index: int) -> Solved:

@@ -9,8 +9,6 @@ The hidden states advance through the stored (rounded) weights, so that a resume
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.job import Job
+from vptq.quantize.memory import peak_memory_bytes
 from vptq.quantize.output import tied_names, unquantized, write_output
 from vptq.quantize.report import ProgressCallback, Report
 from vptq.quantize.setup import prepare
@@ -132,9 +131,3 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         base_model=job.base_model, overwrite=job.overwrite,
     )  # fmt: skip
     return report
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held at once, resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
