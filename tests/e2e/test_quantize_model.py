@@ -111,7 +111,7 @@ def test_reported_losses_are_those_of_the_stored_weights(tiny_model_folder: Path
         assert layer.loss == pytest.approx(loss_of(error.T, hessian) / loss_of(weight.T, hessian), rel=0.05)
 
 
-@pytest.mark.parametrize("hessian_inputs", ["quantized", "original"])
+@pytest.mark.parametrize("hessian_inputs", ["quantized", "original", "both"])
 def test_same_seed_same_bytes(hessian_inputs: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         torch.manual_seed(len(name))  # global state must not matter

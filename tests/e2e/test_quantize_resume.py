@@ -78,7 +78,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model_folder: Path, tmp_pat
     assert not work.exists()
 
 
-@pytest.mark.parametrize("options", [{"hessian_inputs": "original"}, {"absorb_perm": False, "spec": "v4-k16-16-g2"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"hessian_inputs": "original"}, {"hessian_inputs": "both"}, {"absorb_perm": False, "spec": "v4-k16-16-g2"}],
+)
 def test_every_mode_goes_on_to_the_same_bytes(options: dict[str, Any], tiny_model_folder: Path, tmp_path: Path) -> None:
     options = QUICK | options
     vptq.quantize(tiny_model_folder, tmp_path / "whole", **options)

@@ -42,7 +42,7 @@ def refusal(kind: type[VPTQError], model: Any, output: Path, **options: Any) -> 
         ({"seqlen": 1}, "--seqlen 1"),
         ({"dtype": torch.float32}, "float16 or bfloat16"),
         ({"device": "abacus"}, "--device is abacus"),
-        ({"hessian_inputs": "both"}, "'both'; choose one of quantized, original"),
+        ({"hessian_inputs": "mine"}, "'mine'; choose one of quantized, original, both"),
         ({"hessian_dir": "nowhere"}, "no folder nowhere"),
         ({"calibration": "missing.txt"}, "no file missing.txt"),
         ({"calibration": "/no/such/text"}, "no file /no/such/text"),

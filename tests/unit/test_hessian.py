@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from solver_problems import correlated_hessian, seeded
 
 from vptq.errors import CalibrationError
-from vptq.quantize.hessian import HessianAccumulator, inverse_factor, load_hessian
+from vptq.quantize.hessian import HessianAccumulator, PairedAccumulator, inverse_factor, load_hessian
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 2**31))
@@ -172,3 +172,52 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"flatH": torch.zeros(15), "mu": torch.zeros(5), "n": Touch(trace)}, tmp_path / "0_qkv.pt")
     refusal(tmp_path)
     assert not trace.exists()
+
+
+def paired_inputs(noise: float, tokens: int = 200, features: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = seeded(3)
+    mix = torch.randn(features, features, generator=draw)
+    x = torch.randn(tokens, features, generator=draw) @ mix
+    return x, x + noise * torch.randn(tokens, features, generator=draw)
+
+
+def test_the_paired_target_does_best_on_the_inputs_of_both_models() -> None:
+    x, y = paired_inputs(noise=0.7)
+    weight = torch.randn(5, 8, generator=seeded(4))
+    paired = PairedAccumulator(8)
+    for part_x, part_y in zip(x.split(30), y.split(30), strict=True):
+        paired.add(part_x, part_y)
+    moments = paired.moments(damping=0.0)
+
+    def loss(quantized: torch.Tensor) -> float:
+        wanted = (x @ weight.T).double()
+        errors = wanted - (x @ quantized.T).double(), wanted - (y @ quantized.T).double()
+        return sum(float(error.square().sum()) for error in errors) / (2 * len(x))
+
+    target = moments.target(weight)
+    best = loss(target)
+    assert best < 0.9 * loss(weight)
+    for seed in range(3):
+        move = 0.1 * torch.randn(5, 8, generator=seeded(seed))
+        # Around the target the loss is the quadratic that the solver minimizes.
+        assert loss(target + move) == pytest.approx(best + float((move @ moments.hessian * move).sum()), rel=1e-4)
+
+
+def test_where_both_models_agree_the_weight_stays() -> None:
+    x, _ = paired_inputs(noise=0.0)
+    paired, alone = PairedAccumulator(8), HessianAccumulator(8)
+    paired.add(x, x)
+    alone.add(x)
+    weight = torch.randn(5, 8, generator=seeded(5)).bfloat16()
+    assert torch.equal(paired.moments(0.01).target(weight), weight.float())
+    torch.testing.assert_close(paired.moments(0.01).hessian, alone.hessian())
+    assert paired.tokens == alone.tokens == len(x)
+
+
+def test_pairs_are_refused_like_single_inputs() -> None:
+    with pytest.raises(CalibrationError, match="no calibration input"):
+        PairedAccumulator(3).moments(0.01)
+    paired = PairedAccumulator(2)
+    paired.add(torch.tensor([[float("nan"), 1.0]]), torch.ones(1, 2))
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        paired.moments(0.01)

@@ -30,6 +30,7 @@ class HessianInputs(str, Enum):
 
     quantized = "quantized"
     original = "original"
+    both = "both"
 
 
 def quantize(
@@ -69,7 +70,8 @@ def quantize(
     hessian_inputs: Annotated[
         HessianInputs,
         typer.Option(
-            "--hessian-inputs", help="Make Hessians from what the quantized or the original layers before produce."
+            "--hessian-inputs",
+            help="Whose activations the Hessians are made of: the quantized or the original model's.",
         ),
     ] = HessianInputs.quantized,
     norm: Annotated[

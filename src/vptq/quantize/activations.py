@@ -1,12 +1,14 @@
 """Running decoder blocks over the calibration sequences: hidden states in, Hessians and hidden states out.
 
-Linear layers that read the same tensor (q/k/v, gate/up) share a Hessian; which ones do is seen, not known. In
-"quantized" mode the groups of a block are handled in the order they run, each Hessian taken from what the already
-quantized layers before it produce, inside the block too; a pass stops as soon as the inputs of its group are seen.
+Linear layers that read the same tensor (q/k/v, gate/up) share a Hessian; which ones do is seen, not known. Unless
+all are the original model's, the groups of a block are handled in the order they run, each Hessian taken from what the
+already quantized layers before it produce, inside the block too; a pass stops as soon as the inputs of its group are
+seen.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,20 +58,35 @@ class Activations:
         for batch, entering in zip(self.batches, itertools.chain([first], hidden), strict=True):
             batch.copy_(entering)
 
+    def fork(self) -> Activations:
+        """The same hidden states once more, to go another way from here."""
+        other = copy.copy(self)
+        states = torch.cat(self.batches)
+        other.batches = list(states.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
+        return other
+
     @property
     def nbytes(self) -> int:
         """Memory of the hidden states."""
         return sum(batch.nbytes for batch in self.batches)
 
-    def run_block(self, index: int, visit: Callable[[int], None] | None = None, *, advance: bool) -> None:
+    def run_block(
+        self,
+        index: int,
+        visit: Callable[[int], None] | None = None,
+        *,
+        advance: bool,
+        block: nn.Module | None = None,
+    ) -> None:
         """Runs block `index` over all batches.
 
         Args:
             index: the block; its weights are loaded.
             visit: called with the number of batches done after each.
             advance: replace the hidden states by the block's outputs.
+            block: run this one in its place.
         """
-        block = self._skeleton.blocks[index]
+        block = self._skeleton.blocks[index] if block is None else block
         for position, batch in enumerate(self.batches):
             call = self._calls[len(batch)][index]
             try:
@@ -131,6 +148,29 @@ class Activations:
         with _hooks(linears[group.names[0]].register_forward_pre_hook(accumulate(n)) for n, group in enumerate(groups)):
             self.run_block(index, visit, advance=advance)
         return accumulators
+
+    def inputs_of(self, name: str, index: int, block: nn.Module | None = None) -> Iterator[list[Tensor]]:
+        """For each batch, the inputs that linear layer `name` gets in block `index`, or in `block` in its place."""
+        block = self._skeleton.blocks[index] if block is None else block
+        seen: list[Tensor] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise Stop
+
+        handle = block.get_submodule(name).register_forward_pre_hook(hook)
+        try:
+            for batch in self.batches:
+                seen.clear()
+                call = self._calls[len(batch)][index]
+                try:
+                    with torch.no_grad():
+                        block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
+                except Stop:
+                    pass
+                yield list(seen)
+        finally:
+            handle.remove()
 
 
 def first_tensor(output: Any) -> Tensor:

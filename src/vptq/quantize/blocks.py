@@ -1,11 +1,13 @@
 """Quantizing the linear layers of one decoder block: which Hessians, in which order, and what is reported.
 
 In "quantized" mode a layer is solved against what the quantized layers before it really feed it, inside the block too.
-In "original" mode all Hessians of a block come from one pass of the original model, as published Hessian files do.
+In "original" mode all Hessians of a block come from one pass of the original model, as published Hessian files do. In
+"both" mode both models run, and a layer is solved for the inputs of either (`hessian.PairedAccumulator`).
 """
 
 from __future__ import annotations
 
+import copy
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
-from vptq.quantize.hessian import HessianAccumulator, load_hessian
+from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
 from vptq.quantize.memory import return_freed_memory
 from vptq.quantize.parallel import map_layers
@@ -51,6 +53,11 @@ class BlockSolver:
     progress: ProgressCallback
     warnings: list[str] = field(default_factory=list)
     layers_done: int = 0
+    _original: Activations | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations is not None and self.job.hessian_inputs == "both":
+            self._original = self.activations.fork()
 
     def finish_block(self, index: int) -> list[LayerReport]:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
@@ -60,8 +67,10 @@ class BlockSolver:
             workspace.save_block(index, self._solve(index))
         else:
             self.layers_done += len(self.skeleton.linears(index))
+            if self._original is not None:
+                self._original.run_block(index, advance=True)
             if self.activations is not None:
-                if job.hessian_inputs == "quantized":
+                if job.hessian_inputs != "original":
                     self._install(index)
                 self.activations.run_block(index, advance=True)
         self.skeleton.unload_block(index)
@@ -71,7 +80,9 @@ class BlockSolver:
     def _solve(self, index: int) -> Solved:
         if self.activations is None:
             groups = [InputGroup((name,), linear.in_features) for name, linear in self.skeleton.linears(index).items()]
-            solved = self._solve_groups(index, [(group, self._stored_hessian(index, group)) for group in groups])
+            solved = self._solve_groups(
+                index, [(group, Moments(self._stored_hessian(index, group))) for group in groups]
+            )
         else:
             solved = self._solve_with(self.activations, index)
         return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}
@@ -79,21 +90,44 @@ class BlockSolver:
     def _solve_with(self, activations: Activations, index: int) -> Solved:
         """Solves the block with Hessians of its activations, and moves those past it."""
         groups = activations.input_groups(index)
+        if self.job.hessian_inputs == "original" or len(groups) > MAX_SEQUENTIAL_GROUPS:
+            together, before = [groups], None
+        else:
+            together = [[group] for group in groups]
+            before = None if self._original is None else copy.deepcopy(self.skeleton.blocks[index])
         original = self.job.hessian_inputs == "original"
-        together = [groups] if original or len(groups) > MAX_SEQUENTIAL_GROUPS else [[group] for group in groups]
+        if self._original is not None and before is None:
+            self._original.run_block(index, advance=True)
         solved: Solved = {}
         for some in together:
-            moments = activations.hessians(index, some, advance=original)
-            pairs = zip(some, moments, strict=True)
-            solved |= self._solve_groups(index, [(group, self._hessian(index, group, m)) for group, m in pairs])
+            if before is not None:
+                moments = [self._paired(activations, index, some[0], before)]
+            else:
+                accumulated = activations.hessians(index, some, advance=original)
+                moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
+            solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
         if not original:
             activations.run_block(index, advance=True)
+        if self._original is not None and before is not None:
+            self._original.run_block(index, advance=True, block=before)
         return solved
 
-    def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Tensor]]) -> Solved:
-        """Quantizes the layers of some input groups; in "quantized" mode the block goes on with what will be stored."""
+    def _paired(self, activations: Activations, index: int, group: InputGroup, before: nn.Module) -> Moments:
+        """One pass of the block as it was, and as it is now, up to the inputs of `group`."""
+        assert self._original is not None
+        paired, name = PairedAccumulator(group.features, self.job.device), group.names[0]
+        streams = self._original.inputs_of(name, index, before), activations.inputs_of(name, index)
+        for originals, quantized in zip(*streams, strict=True):
+            for position, y in enumerate(quantized):
+                x = originals[position] if position < len(originals) else y
+                paired.add(x if x.shape == y.shape else y, y)  # an expert may get other tokens than it did
+        return self._moments(index, group, paired)
+
+    def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:
+        """Quantizes the layers of some input groups; the block goes on with what will be stored, unless it should stay
+        the original."""
         linears = self.skeleton.linears(index)
-        tasks = [(name, hessian) for group, hessian in groups for name in group.names]
+        tasks = [(name, moments) for group, moments in groups for name in group.names]
         tasks.sort(key=lambda task: -linears[task[0]].weight.numel())
         sizes = [linears[name].weight.numel() for name, _ in tasks]
         solved: Solved = {}
@@ -103,20 +137,20 @@ class BlockSolver:
             weight = solution.weight.absorb_perm() if self.job.absorb_perm else solution.weight
             tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(self.job.dtype).items()}
             solved[path] = (self._layer_report(path, weight.config, solution, seconds), tensors)
-            if self.job.hessian_inputs == "quantized":
+            if self.job.hessian_inputs != "original":
                 linears[name].weight.data.copy_(dequantize(weight.config, tensors).to(linears[name].weight))
         return solved
 
-    def _solve_layer(self, index: int, task: tuple[str, Tensor]) -> tuple[str, Solution, float]:
+    def _solve_layer(self, index: int, task: tuple[str, Moments]) -> tuple[str, Solution, float]:
         """One layer; called from several threads at once."""
-        name, hessian = task
+        name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
         began = time.monotonic()
         generator = torch.Generator(self.job.device).manual_seed(zlib.crc32(f"{self.job.seed}/{path}".encode()))
         try:
             solution = quantize_weight(
-                linear.weight.data,
-                hessian,
+                moments.target(linear.weight.data),
+                moments.hessian,
                 self.job.layer_config(linear),
                 generator,
                 dtype=self.job.dtype,
@@ -137,22 +171,22 @@ class BlockSolver:
             linear = modules[name]
             linear.weight.data.copy_(dequantize(weight.config, weight.to_tensors(self.job.dtype)).to(linear.weight))
 
-    def _hessian(self, index: int, group: InputGroup, moments: HessianAccumulator) -> Tensor:
-        """A group's Hessian; the identity, with a warning, for layers that no text has reached (rare experts)."""
-        if moments.tokens == 0:
+    def _moments(self, index: int, group: InputGroup, seen: HessianAccumulator | PairedAccumulator) -> Moments:
+        """A group's moments; the identity, with a warning, for layers that no text has reached (rare experts)."""
+        if seen.tokens == 0:
             self.warnings.append(
                 f"block {index}: no calibration token reached {', '.join(group.names)}; plain k-means there"
             )
-            return torch.eye(group.features, device=self.job.device)
+            return Moments(torch.eye(group.features, device=self.job.device))
         try:
-            return moments.hessian()
+            return seen.moments(self.job.solver.damping)
         except CalibrationError as error:
             raise CalibrationError(f"block {index}, inputs of {', '.join(group.names)}: {error}") from error
 
-    def _stored_hessian(self, index: int, group: InputGroup) -> Tensor:
+    def _stored_moments(self, index: int, group: InputGroup) -> Moments:
         assert self.job.hessian_dir is not None
         tails = [name.rpartition(".")[2] for name in group.names]
-        return load_hessian(self.job.hessian_dir, index, tails, group.features).to(self.job.device)
+        return Moments(load_hessian(self.job.hessian_dir, index, tails, group.features).to(self.job.device))
 
     def _layer_report(self, name: str, config: LayerConfig, solution: Solution, seconds: float) -> LayerReport:
         report = LayerReport(

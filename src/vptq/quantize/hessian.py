@@ -7,6 +7,7 @@ adding batches one by one equals adding them at once up to the rounding of a flo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,23 @@ COMMUNITY_TAGS = {
 DAMPING_STEPS = 8
 """How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the
 diagonal."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the solver is told about a layer's inputs.
+
+    Attributes:
+        hessian: [n, n] float32, symmetric.
+        shift: [n, n] float32, by which the weight is moved before it is quantized (see `PairedAccumulator`), or None.
+    """
+
+    hessian: Tensor
+    shift: Tensor | None = None
+
+    def target(self, weight: Tensor) -> Tensor:
+        """[out, n] float32: what to quantize in place of `weight` [out, n]."""
+        return weight.float() if self.shift is None else torch.addmm(weight.float(), weight.float(), self.shift)
 
 
 class HessianAccumulator:
@@ -56,6 +74,47 @@ class HessianAccumulator:
             raise CalibrationError("the Hessian holds NaN or infinity: the model overflows on the calibration text")
         mean = self._sum / self.tokens
         return (mean + mean.T) / 2
+
+    def moments(self, _damping: float) -> Moments:
+        """The Hessian alone; see `hessian`."""
+        return Moments(self.hessian())
+
+
+class PairedAccumulator:
+    """Second moments of the same tokens' inputs x in the original model and y in the quantized one.
+
+    A quantized layer should do what the original layer does: for the inputs of the original, |W x - Q x|, and for those
+    it really gets, where |W x - Q y| is what the original would have put out. The mean of both is a quadratic in Q
+    with Hessian H = E[x x^T + y y^T] / 2, least at W + W D for D = E[(x - y) y^T] / 2 H^-1: so Q is chosen near that,
+    under H, and undoes some of what the layers before it did wrong. (The second term alone, as in GPTAQ, arXiv
+    2504.02692, moves the weights twice as far and trusts the calibration text more.)
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._both = HessianAccumulator(features, device)
+        self._cross = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    @property
+    def tokens(self) -> int:
+        """How many pairs of inputs were added."""
+        return self._both.tokens // 2
+
+    def add(self, original: Tensor, quantized: Tensor) -> None:
+        """Adds inputs [..., n] of the same tokens, any float dtype."""
+        x, y = (inputs.reshape(-1, self._both.features).float() for inputs in (original, quantized))
+        self._both.add(x)
+        self._both.add(y)
+        self._cross.addmm_((x - y).T, y)
+
+    def moments(self, damping: float) -> Moments:
+        """The Hessian, and the shift with `damping` times the mean diagonal added to the Hessian's diagonal.
+
+        Raises:
+            CalibrationError: when nothing was added, or an input held NaN or infinity.
+        """
+        hessian = self._both.hessian()
+        factor, _ = inverse_factor(hessian, damping)
+        return Moments(hessian, (self._cross / self._both.tokens) @ (factor.T @ factor))
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

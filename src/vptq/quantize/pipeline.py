@@ -60,7 +60,7 @@ def quantize(
         device: "auto" (CUDA when there is one), "cpu", "cuda:1", ...
         dtype: float16 or bfloat16 of what is stored; None takes the model's own, bfloat16 if that is wider.
         hessian_dir: read Hessians from QuIP#/VPTQ files instead of calibrating.
-        hessian_inputs: "quantized" or "original": whose activations the Hessians are made of.
+        hessian_inputs: "quantized", "original" or "both": whose activations the Hessians are made of.
         norm: column normalization; None is what the spec says.
         perm: column permutation; None is what the spec says.
         overwrite: replace an output folder that exists.

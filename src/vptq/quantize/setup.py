@@ -18,7 +18,7 @@ from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
 
 STORED_DTYPES = (torch.float16, torch.bfloat16)
-HESSIAN_INPUTS = ("quantized", "original")
+HESSIAN_INPUTS = ("quantized", "original", "both")
 
 
 def prepare(

@@ -38,8 +38,7 @@ class SolverConfig:
     """How hard the solver tries; the defaults are what docs/log.md measured to pay.
 
     Attributes:
-        damping: share of the mean Hessian diagonal added to the diagonal, in every step: it stands for what the layer will
-            see and the calibration text did not show. Losses are reported without it.
+        damping: share of the mean Hessian diagonal added before it is inverted.
         block_size: columns between two matrix products; changes speed only.
         search: residual centroids compared for one vector; `beam_for` turns it into a number of main candidates.
         kmeans_iterations: Lloyd steps at most, per codebook.
@@ -51,7 +50,7 @@ class SolverConfig:
         min_gain: a round that lowers the loss by less than this share of it is the last.
     """
 
-    damping: float = 0.03
+    damping: float = 0.01
     block_size: int = 128
     search: int = 8192
     kmeans_iterations: int = 20
@@ -73,7 +72,7 @@ class Solution:
     Attributes:
         weight: the quantized weight, codebooks rounded to the storage dtype.
         losses: stage -> tr(E H E^T) / tr(W H W^T), in the order of the stages; the last is the loss of `weight`.
-        damping: the damping that was used; more than was asked for where the Cholesky factorization needed it.
+        damping: the damping the Cholesky factorization needed.
     """
 
     weight: QuantizedWeight
@@ -83,16 +82,10 @@ class Solution:
 
 @dataclass
 class _Problem:
-    """The layer in quantized order: transposed and permuted, with the Hessian to match.
-
-    Attributes:
-        hessian: damped.
-        ridge: what damping added to its diagonal.
-    """
+    """The layer in quantized order: transposed and permuted, with the Hessian to match."""
 
     columns: Tensor
     hessian: Tensor
-    ridge: float
     perm: Tensor
     segments: list[Segment]
     solver: SolverConfig
@@ -102,8 +95,7 @@ class _Problem:
 
     def record(self, stage: str, decoded: Tensor) -> float:
         error = self.columns - decoded
-        damped = float((error * (self.hessian @ error)).sum(dtype=torch.float64))
-        loss = (damped - self.ridge * float(error.square().sum(dtype=torch.float64))) / self.loss_unit
+        loss = float((error * (self.hessian @ error)).sum(dtype=torch.float64)) / self.loss_unit
         self.losses[stage] = loss
         return loss
 
@@ -151,19 +143,16 @@ def quantize_weight(
         raise CalibrationError("Hessian holds NaN or infinity: the model overflows on the calibration text")
     problem = _set_up(weight.float(), hessian.float(), config, solver or SolverConfig(), dtype)
     _initialize_codebooks(problem, config, generator)
-    factor, more = inverse_factor(problem.hessian, 0.0)
+    factor, damping = inverse_factor(problem.hessian, problem.solver.damping)
     _optimize(problem, factor, affine=config.enable_norm)
-    return Solution(_result(problem, config, bias), problem.losses, problem.solver.damping + more)
+    return Solution(_result(problem, config, bias), problem.losses, damping)
 
 
 def _set_up(weight: Tensor, hessian: Tensor, config: LayerConfig, solver: SolverConfig, dtype: torch.dtype) -> _Problem:
     """Normalization, column order and segments. Dead inputs keep a tiny diagonal, so that every column has a cost."""
     loss_unit = float((weight * (weight @ hessian)).sum(dtype=torch.float64))
     hessian = hessian.clone()
-    mean = float(hessian.diagonal().mean().clamp(min=1e-20))
-    hessian.diagonal().clamp_(min=1e-8 * mean)
-    ridge = solver.damping * mean
-    hessian.diagonal().add_(ridge)
+    hessian.diagonal().clamp_(min=1e-8 * float(hessian.diagonal().mean().clamp(min=1e-20)))
     shift = torch.zeros(config.in_features, device=weight.device)
     scale = torch.ones_like(shift)
     if config.enable_norm:
@@ -186,7 +175,7 @@ def _set_up(weight: Tensor, hessian: Tensor, config: LayerConfig, solver: Solver
         at = perm[start:stop]
         segments.append(Segment(start, stop, length, config.out_features, scale[at], shift[at]))
     columns = weight.T[perm].contiguous()
-    return _Problem(columns, hessian[perm][:, perm], ridge, perm, segments, solver, dtype, max(loss_unit, 1e-30))
+    return _Problem(columns, hessian[perm][:, perm], perm, segments, solver, dtype, max(loss_unit, 1e-30))
 
 
 def _initialize_codebooks(problem: _Problem, config: LayerConfig, generator: torch.Generator) -> None:
