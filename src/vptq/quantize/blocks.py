@@ -80,9 +80,7 @@ class BlockSolver:
     def _solve(self, index: int) -> Solved:
         if self.activations is None:
             groups = [InputGroup((name,), linear.in_features) for name, linear in self.skeleton.linears(index).items()]
-            solved = self._solve_groups(
-                index, [(group, Moments(self._stored_hessian(index, group))) for group in groups]
-            )
+            solved = self._solve_groups(index, [(group, self._stored_moments(index, group)) for group in groups])
         else:
             solved = self._solve_with(self.activations, index)
         return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}
