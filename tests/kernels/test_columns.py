@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 
 import pytest
 import torch
+from column_problems import IMPLEMENTATIONS, Assign, Problem, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vptq import ops
-from vptq.errors import ConfigError
 from vptq.ops import columns as in_torch
-
-HAS_KERNEL = any(status.name == "cpu" and status.active for status in ops.backends())
-
-
-def runs(isa: str) -> bool:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VPTQ_CPU_ISA", isa)
-        try:
-            return HAS_KERNEL and bool(import_module("vptq._C").isa() == isa)
-        except RuntimeError:
-            return False
-
-
-IMPLEMENTATIONS = ["torch", *(isa for isa in ("generic", "avx2", "avx512") if runs(isa))]
-Assign = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -39,60 +22,6 @@ def assign(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         return in_torch.assign_columns
     monkeypatch.setenv("VPTQ_CPU_ISA", request.param)
     return ops.assign_columns
-
-
-@dataclass
-class Problem:
-    base: Tensor
-    coupling: Tensor | None
-    present: Tensor | None
-    scale: Tensor
-    shift: Tensor
-    main: Tensor
-    residual: Tensor | None
-    indices: Tensor
-    residual_indices: Tensor | None
-
-    def run(self, assign: Assign, beam: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        stored = self.indices.clone(), None if self.residual_indices is None else self.residual_indices.clone()
-        values, errors = assign(
-            self.base, self.coupling, self.present, self.scale, self.shift, self.main, self.residual, *stored, beam
-        )
-        return values, errors, *stored
-
-    def decode(self, indices: Tensor, residual_indices: Tensor | None) -> Tensor:
-        vectors = self.main[indices]
-        if self.residual is not None and residual_indices is not None:
-            vectors = vectors + self.residual[residual_indices]
-        rows = vectors.flatten(1)[:, : self.base.shape[1]]
-        return rows * self.scale[:, None] + self.shift[:, None]
-
-
-def make(
-    n: int, rows: int, v: int, sizes: tuple[int, ...], *, coupled: bool, held: bool, seed: int, grid: bool = False
-) -> Problem:
-    draw = torch.Generator().manual_seed(seed)
-
-    def numbers(*shape: int) -> Tensor:
-        if grid:  # few binary digits: every sum and product is exact, and ties are common
-            return torch.randint(-3, 4, shape, generator=draw) / 2
-        return torch.randn(*shape, generator=draw)
-
-    def choices(count: int) -> Tensor:
-        return torch.randint(0, count, (n, -(-rows // v)), generator=draw)
-
-    problem = Problem(
-        base=numbers(n, rows),
-        coupling=numbers(n, n) / (1 if grid else 4) if coupled else None,
-        present=None,
-        scale=2.0 ** torch.randint(-1, 2, (n,), generator=draw) if grid else torch.rand(n, generator=draw) + 0.5,
-        shift=numbers(n),
-        main=numbers(sizes[0], v),
-        residual=numbers(sizes[1], v) / 2 if len(sizes) > 1 else None,
-        indices=choices(sizes[0]),
-        residual_indices=choices(sizes[1]) if len(sizes) > 1 else None,
-    )
-    return replace(problem, present=problem.decode(problem.indices, problem.residual_indices)) if held else problem
 
 
 def vectors_of(problem: Problem, dense: Tensor) -> Tensor:
@@ -263,48 +192,3 @@ def test_inputs_need_not_be_contiguous(assign: Assign) -> None:
     )
     for a, b in zip(strided.run(assign, 16), problem.run(assign, 16), strict=True):
         assert torch.equal(a, b)  # type: ignore[arg-type]
-
-
-WRONG: dict[str, Callable[[Problem], Problem]] = {
-    "base in 3 dimensions": lambda p: replace(p, base=p.base[None]),
-    "coupling too small": lambda p: replace(p, coupling=torch.zeros(2, 2)),
-    "present of another shape": lambda p: replace(p, present=torch.zeros(3, 7)),
-    "indices too few": lambda p: replace(p, indices=p.indices[:, :-1].contiguous()),
-    "indices of another type": lambda p: replace(p, indices=p.indices.int()),
-    "residual without indices": lambda p: replace(p, residual_indices=None),
-    "indices without residual": lambda p: replace(p, residual=None),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_does_not_fit_is_refused(assign: Assign, wrong: str) -> None:
-    problem = make(3, 16, 4, (8, 8), coupled=True, held=False, seed=9)
-    with pytest.raises((ConfigError, RuntimeError, ValueError)):
-        WRONG[wrong](problem).run(assign, 4)
-
-
-ONLY_KERNEL: dict[str, Callable[[Problem], Problem]] = {
-    "an index out of range": lambda p: replace(p, indices=p.indices + 8),
-    "a negative residual index": lambda p: replace(p, residual_indices=torch.full_like(p.indices, -1)),
-    "double precision": lambda p: replace(p, base=p.base.double()),
-    "a residual of other length": lambda p: replace(p, residual=torch.zeros(8, 3)),
-    "a scale too short": lambda p: replace(p, scale=p.scale[:-1]),
-    "an empty codebook": lambda p: replace(p, main=torch.zeros(0, 4)),
-}
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="built without the C++ kernels")
-@pytest.mark.parametrize("wrong", ONLY_KERNEL)
-def test_the_kernel_never_sees_hostile_input(wrong: str) -> None:
-    problem = make(3, 16, 4, (8, 8), coupled=True, held=True, seed=10)
-    with pytest.raises(RuntimeError, match="assign_columns: "):
-        ONLY_KERNEL[wrong](problem).run(ops.assign_columns, 4)
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="built without the C++ kernels")
-def test_indices_are_written_where_they_lie_or_not_at_all() -> None:
-    problem = make(3, 16, 4, (8,), coupled=False, held=False, seed=11)
-    with pytest.raises(RuntimeError, match="contiguous"):
-        problem.run(
-            lambda *given: ops.assign_columns(*given[:7], torch.zeros(3, 8, dtype=torch.int64)[:, ::2], *given[8:]), 1
-        )
