@@ -30,6 +30,7 @@ from vptq.checkpoint import Checkpoint, staged_folder, write_json
 from vptq.errors import VPTQError
 from vptq.quantize.hessian import COMMUNITY_TAGS, load_hessian
 from vptq.quantize.report import Report, load_report
+from vptq.quantize.setup import HESSIAN_INPUTS
 from vptq.quantize.weights import WeightFiles
 from vptq.reference import dequantize
 from vptq.spec import QuantSpec
@@ -186,7 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="quantized folders")
     parser.add_argument("--original", required=True, help="the original model; a folder of safetensors for losses")
     parser.add_argument("--hessians", type=Path, help="the original model's Hessians, as --collect writes them")
-    parser.add_argument("--hessian-inputs", choices=("original", "quantized"), help="what the folders were made with")
+    parser.add_argument("--hessian-inputs", choices=HESSIAN_INPUTS, help="what the folders were made with")
     parser.add_argument("--baseline", type=Path, help="JSON of vptq eval of the original, for a row of its own")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the rows go (results/smollm2.json)")
     parser.add_argument("--collect", type=Path, metavar="OUT_DIR", help="write the original's Hessians here instead")
