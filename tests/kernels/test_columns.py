@@ -16,14 +16,6 @@ from vptq import ops
 from vptq.ops import columns as in_torch
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def assign(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Assign:
-    if request.param == "torch":
-        return in_torch.assign_columns
-    monkeypatch.setenv("VPTQ_CPU_ISA", request.param)
-    return ops.assign_columns
-
-
 def vectors_of(problem: Problem, dense: Tensor) -> Tensor:
     """[n, vectors, v] in float64; padding is zero."""
     v = problem.main.shape[1]

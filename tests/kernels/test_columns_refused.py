@@ -7,20 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from column_problems import HAS_KERNEL, IMPLEMENTATIONS, Assign, Problem, make
+from column_problems import HAS_KERNEL, Assign, Problem, make
 
 from vptq import ops
 from vptq.errors import ConfigError
-from vptq.ops import columns as in_torch
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def assign(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Assign:
-    if request.param == "torch":
-        return in_torch.assign_columns
-    monkeypatch.setenv("VPTQ_CPU_ISA", request.param)
-    return ops.assign_columns
-
 
 WRONG: dict[str, Callable[[Problem], Problem]] = {
     "base in 3 dimensions": lambda p: replace(p, base=p.base[None]),

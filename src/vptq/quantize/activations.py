@@ -88,12 +88,7 @@ class Activations:
         """
         block = self._skeleton.blocks[index] if block is None else block
         for position, batch in enumerate(self.batches):
-            call = self._calls[len(batch)][index]
-            try:
-                with torch.no_grad():
-                    output = block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
-            except Stop:
-                output = None
+            output = self._run(block, index, batch)
             if advance:
                 batch.copy_(first_tensor(output))  # in place: new tensors for every block would tear the heap to pieces
             if visit is not None:
@@ -149,28 +144,30 @@ class Activations:
             self.run_block(index, visit, advance=advance)
         return accumulators
 
-    def inputs_of(self, name: str, index: int, block: nn.Module | None = None) -> Iterator[list[Tensor]]:
-        """For each batch, the inputs that linear layer `name` gets in block `index`, or in `block` in its place."""
+    def inputs_of(self, name: str, index: int, block: nn.Module | None = None) -> Iterator[Tensor | None]:
+        """For each batch, what linear layer `name` is first given in block `index`, or in `block` in its place."""
         block = self._skeleton.blocks[index] if block is None else block
-        seen: list[Tensor] = []
+        seen: Tensor | None = None
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
+            nonlocal seen
+            seen = args[0]
             raise Stop
 
-        handle = block.get_submodule(name).register_forward_pre_hook(hook)
-        try:
+        with _hooks(iter([block.get_submodule(name).register_forward_pre_hook(hook)])):
             for batch in self.batches:
-                seen.clear()
-                call = self._calls[len(batch)][index]
-                try:
-                    with torch.no_grad():
-                        block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
-                except Stop:
-                    pass
-                yield list(seen)
-        finally:
-            handle.remove()
+                seen = None
+                self._run(block, index, batch)
+                yield seen
+
+    def _run(self, block: nn.Module, index: int, batch: Tensor) -> Any:
+        """What `block` returns when it is called as block `index` is; None where a hook has stopped it."""
+        call = self._calls[len(batch)][index]
+        try:
+            with torch.no_grad():
+                return block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
+        except Stop:
+            return None
 
 
 def first_tensor(output: Any) -> Tensor:

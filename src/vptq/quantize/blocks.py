@@ -88,17 +88,12 @@ class BlockSolver:
     def _solve_with(self, activations: Activations, index: int) -> Solved:
         """Solves the block with Hessians of its activations, and moves those past it."""
         groups = activations.input_groups(index)
-        if self.job.hessian_inputs == "original" or len(groups) > MAX_SEQUENTIAL_GROUPS:
-            together, before = [groups], None
-        else:
-            together = [[group] for group in groups]
-            before = None if self._original is None else copy.deepcopy(self.skeleton.blocks[index])
         original = self.job.hessian_inputs == "original"
-        if self._original is not None and before is None:
-            self._original.run_block(index, advance=True)
+        at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
+        before = None if self._original is None else copy.deepcopy(self.skeleton.blocks[index])
         solved: Solved = {}
-        for some in together:
-            if before is not None:
+        for some in [groups] if at_once else [[group] for group in groups]:
+            if before is not None and not at_once:
                 moments = [self._paired(activations, index, some[0], before)]
             else:
                 accumulated = activations.hessians(index, some, advance=original)
@@ -106,7 +101,7 @@ class BlockSolver:
             solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
         if not original:
             activations.run_block(index, advance=True)
-        if self._original is not None and before is not None:
+        if self._original is not None:
             self._original.run_block(index, advance=True, block=before)
         return solved
 
@@ -115,10 +110,9 @@ class BlockSolver:
         assert self._original is not None
         paired, name = PairedAccumulator(group.features, self.job.device), group.names[0]
         streams = self._original.inputs_of(name, index, before), activations.inputs_of(name, index)
-        for originals, quantized in zip(*streams, strict=True):
-            for position, y in enumerate(quantized):
-                x = originals[position] if position < len(originals) else y
-                paired.add(x if x.shape == y.shape else y, y)  # an expert may get other tokens than it did
+        for x, y in zip(*streams, strict=True):
+            if y is not None:  # an expert may get other tokens than it did, or none
+                paired.add(y if x is None or x.shape != y.shape else x, y)
         return self._moments(index, group, paired)
 
     def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:
