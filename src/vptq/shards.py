@@ -203,7 +203,10 @@ def _unfinished_name(number: int) -> str:
 
 def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
     try:
+        path.touch()
+        permissions = path.stat().st_mode  # what the user's umask leaves; safetensors would leave 0600
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(permissions)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
 

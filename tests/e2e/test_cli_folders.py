@@ -10,6 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from vptq.cli import main
+from vptq.cli.info import _layer_table
+from vptq.config import LayerConfig
 from vptq.quantize.report import LayerReport, Report, save_report
 
 
@@ -48,6 +50,13 @@ def test_info_shows_true_bits_sizes_and_every_layer(
     weights = sum(config.out_features * config.in_features for config in configs.values())
     assert re.search(rf"bits per weight +{bits / weights:.3f}", out)
     assert f"{len(configs)} quantized, {weights:,} weights" in out
+
+
+def test_layers_are_listed_by_number() -> None:
+    config = LayerConfig(in_features=8, out_features=8, vector_len=4, num_centroids=4)
+    names = ["layers.10.q", "layers.2.q", "layers.2.k", "norm", "layers.head"]
+    cells = list(_layer_table(dict.fromkeys(names, config), report=None).columns[0].cells)
+    assert cells == ["layers.head", "layers.2.k", "layers.2.q", "layers.10.q", "norm"]
 
 
 def test_info_leaves_the_layers_out_when_told(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:

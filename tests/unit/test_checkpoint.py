@@ -99,6 +99,12 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model", stored_tensors().items(), config_json())
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("carrier", [torch.uint16, torch.float16])
 def test_legacy_carriers(tmp_path: Path, carrier: torch.dtype) -> None:
     folder = write_by_hand(tmp_path / "m", stored_tensors(carrier), config_json())

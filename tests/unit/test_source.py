@@ -133,7 +133,12 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_code_of_the_model_runs_only_when_asked_to(model_folder: Path) -> None:
     proof = model_folder / "it-ran"
-    code = f"import pathlib\npathlib.Path({str(proof)!r}).touch()\nfrom transformers import LlamaConfig as Mine\n"
+    code = f"""import pathlib
+from transformers import LlamaConfig
+pathlib.Path({str(proof)!r}).touch()
+class Mine(LlamaConfig):  # transformers marks the class it loads: not one that other tests share
+    pass
+"""
     (model_folder / "mine.py").write_text(code)
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
     (model_folder / "config.json").write_text(json.dumps(config))

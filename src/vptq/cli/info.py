@@ -164,7 +164,7 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
         *("size", "bits"),
         *(["proxy loss"] if losses else []),
     )
-    for name, layer in layers.items():
+    for name, layer in sorted(layers.items(), key=lambda item: _by_number(item[0])):
         cells = [name, f"{layer.out_features} x {layer.in_features}"]
         cells += [_form(layer)] if mixed else []
         cells += [file_size(layer.stored_bits / 8), f"{layer.bits_per_weight:.3f}"]
@@ -172,3 +172,8 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
             cells.append(f"{losses[name]:.3%}" if name in losses else "")
         table.add_row(*cells)
     return table
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10: config.json is sorted by letters."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

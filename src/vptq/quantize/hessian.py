@@ -21,6 +21,9 @@ COMMUNITY_TAGS = {
 }  # fmt: skip
 """Module name -> file tag of the QuIP#/VPTQ Hessian files; other modules are looked up under their own name."""
 
+QUANTIZED_SHARE = 0.25
+"""Weight of the quantized model's inputs in `PairedAccumulator` (docs/log.md has what other weights gave)."""
+
 DAMPING_STEPS = 8
 """How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the
 diagonal."""
@@ -83,27 +86,30 @@ class HessianAccumulator:
 class PairedAccumulator:
     """Second moments of the same tokens' inputs x in the original model and y in the quantized one.
 
-    A quantized layer should do what the original layer does: for the inputs of the original, |W x - Q x|, and for those
-    it really gets, where |W x - Q y| is what the original would have put out. The mean of both is a quadratic in Q
-    with Hessian H = E[x x^T + y y^T] / 2, least at W + W D for D = E[(x - y) y^T] / 2 H^-1: so Q is chosen near that,
-    under H, and undoes some of what the layers before it did wrong. (The second term alone, as in GPTAQ, arXiv
-    2504.02692, moves the weights twice as far and trusts the calibration text more.)
+    A quantized layer should do what the original layer does: for the inputs of the original, |W x - Q x|^2, and for
+    those it really gets, where |W x - Q y|^2 is what the original would have put out. With the second weighted by
+    `share` g and the first by 1 - g, the sum is a quadratic in Q with Hessian H = (1 - g) E[x x^T] + g E[y y^T], least
+    at W + W D for D = g E[(x - y) y^T] H^-1: so Q is chosen near that, under H, and undoes some of what the layers
+    before it did wrong. (g = 1 is the objective of GPTAQ, arXiv 2504.02692; it moves the weights furthest and trusts
+    the calibration text most.)
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self._both = HessianAccumulator(features, device)
+    def __init__(self, features: int, device: torch.device | str = "cpu", share: float = QUANTIZED_SHARE) -> None:
+        self._original = HessianAccumulator(features, device)
+        self._quantized = HessianAccumulator(features, device)
         self._cross = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._share = share
 
     @property
     def tokens(self) -> int:
         """How many pairs of inputs were added."""
-        return self._both.tokens // 2
+        return self._original.tokens
 
     def add(self, original: Tensor, quantized: Tensor) -> None:
         """Adds inputs [..., n] of the same tokens, any float dtype."""
-        x, y = (inputs.reshape(-1, self._both.features).float() for inputs in (original, quantized))
-        self._both.add(x)
-        self._both.add(y)
+        x, y = (inputs.reshape(-1, self._original.features).float() for inputs in (original, quantized))
+        self._original.add(x)
+        self._quantized.add(y)
         self._cross.addmm_((x - y).T, y)
 
     def moments(self, damping: float) -> Moments:
@@ -112,9 +118,9 @@ class PairedAccumulator:
         Raises:
             CalibrationError: when nothing was added, or an input held NaN or infinity.
         """
-        hessian = self._both.hessian()
+        hessian = torch.lerp(self._original.hessian(), self._quantized.hessian(), self._share)
         factor, _ = inverse_factor(hessian, damping)
-        return Moments(hessian, (self._cross / self._both.tokens) @ (factor.T @ factor))
+        return Moments(hessian, (self._cross * (self._share / self.tokens)) @ (factor.T @ factor))
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
