@@ -13,6 +13,7 @@ namespace {
 STABLE_TORCH_LIBRARY_IMPL(vptq, CPU, library) {
   library.impl("nearest", TORCH_BOX(&vptq::nearest));
   library.impl("assign_columns", TORCH_BOX(&vptq::assign_columns));
+  library.impl("linear", TORCH_BOX(&vptq::linear));
 }
 
 PyObject* isa(PyObject*, PyObject*) {

@@ -3,6 +3,7 @@
 
 #include "columns.h"
 #include "isa.h"
+#include "lookup.h"
 #include "nearest.h"
 #include "stages.h"
 
@@ -12,6 +13,7 @@ struct Kernels {
   NearestKernel nearest;
   StagesKernel stages;
   ColumnsKernel columns;
+  LookupKernel lookup;
 };
 
 const Kernels& kernels_for(Isa isa);

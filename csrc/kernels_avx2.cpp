@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 
-#define VPTQ_TARGET "avx2,fma"
+#define VPTQ_TARGET "avx2,fma,f16c"
 #define VPTQ_ISA avx2
 #define VPTQ_LANES 8
 #define VPTQ_TILE 4

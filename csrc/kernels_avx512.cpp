@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 
-#define VPTQ_TARGET "avx2,fma,avx512f,avx512dq"
+#define VPTQ_TARGET "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
 #define VPTQ_ISA avx512
 #define VPTQ_LANES 16
 #define VPTQ_TILE 6

@@ -5,6 +5,10 @@
 #include "pairs_body.h"
 #include "stages_body.h"
 #include "columns_body.h"
+#include "table_body.h"
+#include "unpack_body.h"
+#include "lookup_body.h"
+#include "tile_body.h"
 
 namespace vptq {
 namespace VPTQ_ISA {
@@ -14,6 +18,7 @@ const Kernels kKernels = {
     {codebook_floats, scratch_floats, prepare, run},
     {stages_prepared_floats, stages_scratch_floats, prepare_stages, search_stages},
     {columns_scratch_floats, run_columns},
+    {lookup_rows_per_tile, lookup_scratch_bytes, run_lookup, widen, round_floats},
 };
 
 #undef VPTQ_INLINE

@@ -18,4 +18,11 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base, const std::optiona
                                           const std::optional<Tensor>& residual, const Tensor& indices,
                                           const std::optional<Tensor>& residual_indices, int64_t beam);
 
+Tensor linear(const Tensor& x, const Tensor& codebook, const Tensor& indices,
+              const std::optional<Tensor>& residual_codebook, const std::optional<Tensor>& residual_indices,
+              const std::optional<Tensor>& outlier_codebook, const std::optional<Tensor>& outlier_indices,
+              const std::optional<Tensor>& perm, const std::optional<Tensor>& weight_scale,
+              const std::optional<Tensor>& weight_bias, const std::optional<Tensor>& bias, int64_t in_features,
+              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len);
+
 }  // namespace vptq

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import vptq.ops  # noqa: F401 (registers the operators)
 from vptq.config import LayerConfig, tensor_specs
+from vptq.ops.schemas import check_input
 from vptq.weight import QuantizedWeight, check_indices, check_stored, normalize
 
 # The operators themselves: the typed wrappers of `vptq.ops` would cost a call more per layer and token.
@@ -166,6 +167,8 @@ class VQuantLinear(nn.Module):
         Raises:
             ConfigError: `x` has the wrong width or dtype.
         """
+        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
+            check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
         bias = self._parameters["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             # The operator has no backward of its own; a frozen dense weight gives the exact one.

@@ -1,0 +1,106 @@
+// One or two tokens: every lookup goes straight into the sums of its output rows.
+//
+// A block of vector rows shares each x_j. Their sums stay in registers through a chunk of columns, whose offsets lie in the
+// first-level cache; what is left is an index load, an entry load and a multiply-add a lookup.
+
+namespace vptq {
+namespace VPTQ_ISA {
+namespace {
+
+constexpr int kRows = VPTQ_LANES == 16 ? 8 : 4;  // vector rows at a time: as many sums as registers allow
+constexpr int64_t kChunk = 256;                  // columns between two visits of the sums
+constexpr int kFusedTokens = 2;
+
+// sums [kRows, M, W] += entries at offsets [kRows, kChunk] times x [M, count].
+template <int W, Float kDtype, int M>
+void multiply_entries(const uint8_t* entries, const uint32_t* offsets, const float* x, int64_t x_stride,
+                      int64_t count, float* sums) {
+  typename Wide<W>::Floats sum[kRows][M];
+  for (int r = 0; r < kRows; ++r) {
+    for (int m = 0; m < M; ++m) sum[r][m] = load_floats<W>(sums + (r * M + m) * W);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    float factor[M];
+    for (int m = 0; m < M; ++m) factor[m] = x[m * x_stride + j];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename Wide<W>::Floats entry = load_entry<W, kDtype>(entries + offsets[r * kChunk + j]);
+      for (int m = 0; m < M; ++m) sum[r][m] += entry * factor[m];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int m = 0; m < M; ++m) store_floats<W>(sum[r][m], sums + (r * M + m) * W);
+  }
+}
+
+typedef void (*MultiplyEntries)(const uint8_t*, const uint32_t*, const float*, int64_t, int64_t, float*);
+
+template <int W, Float kDtype>
+MultiplyEntries multiply_for_tokens(int64_t tokens) {
+  return tokens == 1 ? multiply_entries<W, kDtype, 1> : multiply_entries<W, kDtype, 2>;
+}
+
+template <int W>
+MultiplyEntries multiply_for_dtype(Float dtype, int64_t tokens) {
+  if (dtype == Float::kFloat32) return multiply_for_tokens<W, Float::kFloat32>(tokens);
+  if (dtype == Float::kBFloat16) return multiply_for_tokens<W, Float::kBFloat16>(tokens);
+  return multiply_for_tokens<W, kWidensHalf ? Float::kFloat16 : Float::kFloat32>(tokens);
+}
+
+inline MultiplyEntries multiply_for(const Table& table, int64_t lanes, int64_t tokens) {
+  if (lanes == 4) return multiply_for_dtype<4>(table.dtype, tokens);
+  if (lanes == 8) return multiply_for_dtype<8>(table.dtype, tokens);
+  return multiply_for_dtype<16>(table.dtype, tokens);
+}
+
+struct FusedScratch {
+  uint32_t main[kRows * kChunk];
+  uint32_t residual[kRows * kChunk];
+  float sums[kRows * kFusedTokens * 16];
+};
+
+// Sums of one block of rows for the `width` coordinates from `piece` of their vectors.
+inline void fused_block(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
+                        int64_t begin, int64_t rows, int64_t piece, int64_t width, FusedScratch& scratch) {
+  const MultiplyEntries multiply_main = multiply_for(main, width, input.tokens);
+  const MultiplyEntries multiply_residual = multiply_for(residual, width, input.tokens);
+  const bool two = part.residual_codebook != nullptr;
+  const Strides strides{main.stride, residual.stride};
+  const int64_t main_skip = piece * (main.dtype == Float::kFloat32 ? 4 : 2);
+  const int64_t residual_skip = piece * (residual.dtype == Float::kFloat32 ? 4 : 2);
+  std::memset(scratch.sums, 0, sizeof scratch.sums);
+  for (int64_t first = 0; first < part.columns; first += kChunk) {
+    const int64_t count = part.columns - first < kChunk ? part.columns - first : kChunk;
+    for (int64_t r = 0; r < kRows; ++r) {  // rows that are not there repeat the last one and are dropped
+      const int64_t row = begin + (r < rows ? r : rows - 1);
+      read_offsets(part, row, first, count, strides,
+                   {scratch.main + r * kChunk, two ? scratch.residual + r * kChunk : nullptr});
+    }
+    const float* x = input.x + first;
+    multiply_main(main.entries + main_skip, scratch.main, x, input.stride, count, scratch.sums);
+    if (two) multiply_residual(residual.entries + residual_skip, scratch.residual, x, input.stride, count, scratch.sums);
+  }
+}
+
+inline void run_fused(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
+                      float* y, int64_t y_stride, int64_t begin, int64_t end, FusedScratch& scratch) {
+  const int64_t lanes = whole_vectors(part.vector_len), width = lanes < 16 ? lanes : 16;
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int64_t rows = end - row < kRows ? end - row : kRows;
+    for (int64_t piece = 0; piece < lanes; piece += width) {
+      fused_block(part, main, residual, input, row, rows, piece, width, scratch);
+      const int64_t used = part.vector_len - piece < width ? part.vector_len - piece : width;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t m = 0; m < input.tokens; ++m) {
+          float* out = y + m * y_stride + (row + r) * part.vector_len + piece;
+          const float* sums = scratch.sums + (r * input.tokens + m) * width;
+          for (int64_t e = 0; e < used; ++e) out[e] += sums[e];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace VPTQ_ISA
+}  // namespace vptq

@@ -1,0 +1,154 @@
+// vptq::linear for the CPU: y = Q x' + (x . weight_bias) + bias with x' = (x * weight_scale)[perm], so that permutation, scale and
+// bias cost one pass over the input and none over the weight.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "checks.h"
+#include "kernels.h"
+#include "layer.h"
+#include "operators.h"
+
+namespace vptq {
+namespace {
+
+constexpr const char* kOp = "vptq::linear";
+
+// Memory a thread keeps from call to call: an allocation of this size would be mapped, and its pages cleared, every time.
+class Kept {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      memory_ = aligned_floats((bytes + 3) / 4);
+      bytes_ = memory_ == nullptr ? 0 : bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  AlignedFloats memory_;
+  int64_t bytes_ = 0;
+};
+
+thread_local Kept kept_input, kept_output, kept_scratch;
+
+float* floats_or_throw(Kept& kept, int64_t count) {
+  void* memory = kept.at_least(4 * count);
+  require(memory != nullptr, kOp, ": out of memory for ", count, " floats");
+  return static_cast<float*>(memory);
+}
+
+// x' [tokens, in_features] and what weight_bias adds to all outputs of a token.
+struct Prepared {
+  float* x;
+  std::vector<float> shift;
+};
+
+Prepared prepare(const StoredLayer& layer, const LookupKernel& kernel, const uint8_t* x, int64_t tokens) {
+  const int64_t n = layer.in_features, bytes = n * (layer.dtype == Float::kFloat32 ? 4 : 2);
+  float* memory = floats_or_throw(kept_input, (tokens + 3) * n);
+  float* rows = memory + 3 * n;
+  float *scale = memory, *bias = memory + n, *ordered = memory + 2 * n;
+  Prepared prepared{rows, std::vector<float>(tokens, 0.0f)};
+  if (layer.weight_scale) {
+    kernel.widen(layer.weight_scale, layer.dtype, n, scale);
+    kernel.widen(layer.weight_bias, layer.dtype, n, bias);
+  }
+  for (int64_t m = 0; m < tokens; ++m) {
+    float* row = rows + m * n;
+    kernel.widen(x + m * bytes, layer.dtype, n, row);
+    if (layer.weight_scale) {
+      double shift = 0.0;
+      for (int64_t i = 0; i < n; ++i) shift += static_cast<double>(row[i]) * bias[i];
+      for (int64_t i = 0; i < n; ++i) row[i] *= scale[i];
+      prepared.shift[m] = static_cast<float>(shift);
+    }
+    if (!layer.perm.empty()) {
+      for (int64_t p = 0; p < n; ++p) ordered[p] = row[layer.perm[p]];
+      std::copy(ordered, ordered + n, row);
+    }
+  }
+  return prepared;
+}
+
+void multiply(const StoredLayer& layer, const LookupKernel& kernel, const float* x, int64_t tokens, float* y) {
+  std::fill(y, y + tokens * layer.padded_rows, 0.0f);
+  for (size_t first = 0; first < layer.parts.size();) {
+    size_t last = first + 1;  // parts of the same vectors share a pass of the threads
+    while (last < layer.parts.size() && layer.parts[last].lookup.vector_len == layer.parts[first].lookup.vector_len) ++last;
+    const LayerPart& shape = layer.parts[first];
+    const int64_t tile = kernel.rows_per_tile(shape.lookup, tokens), tiles = (shape.rows + tile - 1) / tile;
+    // A thread is worth waking for about 16,000 lookups, ten microseconds.
+    const int64_t grain = 1 + (int64_t{1} << 14) / (tile * (layer.in_features + 1));
+    std::atomic<bool> out_of_memory{false};
+    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+      for (size_t p = first; p < last; ++p) {
+        const LayerPart& part = layer.parts[p];
+        void* scratch = kept_scratch.at_least(kernel.scratch_bytes(part.lookup, tokens));
+        if (scratch == nullptr) {
+          out_of_memory = true;
+          return;
+        }
+        const LookupInput input{x + part.first_column, layer.in_features, tokens};
+        kernel.run(part.lookup, input, y, layer.padded_rows, begin * tile, std::min(end * tile, part.rows), scratch);
+      }
+    });
+    require(!out_of_memory, kOp, ": out of memory for a thread's scratch space");
+    first = last;
+  }
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
+              const std::optional<Tensor>& residual_codebook, const std::optional<Tensor>& residual_indices,
+              const std::optional<Tensor>& outlier_codebook, const std::optional<Tensor>& outlier_indices,
+              const std::optional<Tensor>& perm, const std::optional<Tensor>& weight_scale,
+              const std::optional<Tensor>& weight_bias, const std::optional<Tensor>& bias, int64_t in_features,
+              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len) {
+  const StoredLayer layer({codebook, indices, residual_codebook, residual_indices, outlier_codebook, outlier_indices,
+                           perm, weight_scale, weight_bias, in_features, out_features, vector_len, outlier_vector_len});
+  require(x_in.is_cpu(), kOp, ": the input must be on the CPU, as the layer is");
+  require(float_of(x_in, "the input") == layer.dtype, kOp, ": the input must have the dtype of the layer");
+  require(x_in.dim() >= 1 && x_in.size(-1) == in_features, kOp, ": the input's last dimension must be ", in_features);
+  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t tokens = x.numel() / in_features;
+  shape.back() = out_features;
+  Tensor y = torch::stable::new_empty(x, shape);
+  if (tokens == 0) return y;
+
+  const LookupKernel& kernel = kernels_for(isa_or_throw()).lookup;
+  std::vector<float> layer_bias(bias ? out_features : 0);
+  if (bias) {
+    require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_features &&
+                float_of(*bias, "bias") == layer.dtype,
+            kOp, ": bias must be ", out_features, " numbers of the layer's dtype");
+    const Tensor dense = torch::stable::contiguous(*bias);
+    kernel.widen(dense.const_data_ptr(), layer.dtype, out_features, layer_bias.data());
+  }
+  const int64_t width = layer.dtype == Float::kFloat32 ? 4 : 2;
+  const uint8_t* in = static_cast<const uint8_t*>(x.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+    const int64_t some = std::min(kMaxTokens, tokens - first);
+    const Prepared prepared = prepare(layer, kernel, in + first * in_features * width, some);
+    float* sums = floats_or_throw(kept_output, some * layer.padded_rows);
+    multiply(layer, kernel, prepared.x, some, sums);
+    for (int64_t m = 0; m < some; ++m) {
+      float* row = sums + m * layer.padded_rows;
+      if (layer.weight_scale) {
+        for (int64_t o = 0; o < out_features; ++o) row[o] += prepared.shift[m];
+      }
+      for (size_t o = 0; o < layer_bias.size(); ++o) row[o] += layer_bias[o];
+      kernel.round(row, layer.dtype, out_features, out + (first + m) * out_features * width);
+    }
+  }
+  return y;
+}
+
+}  // namespace vptq
