@@ -101,7 +101,7 @@ void StoredLayer::add_outliers(const StoredTensors& t) {
   require(columns < in_features, kOp, ": ", columns, " outlier columns leave none of the ", in_features, " to the groups");
   if (rows * v > padded_rows) padded_rows = rows * v;
   const LookupPart part{keep(*t.outlier_codebook).const_data_ptr(), nullptr, dtype, v, entries, 0, columns,
-                        static_cast<const uint8_t*>(indices.const_data_ptr()), nullptr, 0, 0, 0};
+                        static_cast<const uint8_t*>(indices.const_data_ptr()), nullptr, 2 * columns, 0, 0};
   if (columns > 0) parts.push_back({part, 0, rows});
 }
 

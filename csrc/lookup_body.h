@@ -59,23 +59,33 @@ struct FusedScratch {
   float sums[kRows * kFusedTokens * 16];
 };
 
+// The stream of the next chunk comes from memory while this one is looked up.
+VPTQ_INLINE void prefetch_rows(const LookupPart& part, int64_t begin, int64_t rows, int64_t first) {
+  const int64_t bits = part.main_bits > 0 ? part.main_bits + part.residual_bits : 16;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* row = part.indices + (begin + r) * part.row_bytes + first * bits / 8;
+    for (int64_t byte = 0; byte < kChunk * bits / 8; byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
 // Sums of one block of rows for the `width` coordinates from `piece` of their vectors.
-inline void fused_block(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
-                        int64_t begin, int64_t rows, int64_t piece, int64_t width, FusedScratch& scratch) {
+inline void fused_block(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual,
+                        const LookupInput& input, int64_t begin, int64_t rows, int64_t piece, int64_t width,
+                        FusedScratch& scratch) {
   const MultiplyEntries multiply_main = multiply_for(main, width, input.tokens);
   const MultiplyEntries multiply_residual = multiply_for(residual, width, input.tokens);
   const bool two = part.residual_codebook != nullptr;
-  const Strides strides{main.stride, residual.stride};
+  const Shifts shifts{main.shift, residual.shift};
   const int64_t main_skip = piece * (main.dtype == Float::kFloat32 ? 4 : 2);
   const int64_t residual_skip = piece * (residual.dtype == Float::kFloat32 ? 4 : 2);
   std::memset(scratch.sums, 0, sizeof scratch.sums);
   for (int64_t first = 0; first < part.columns; first += kChunk) {
     const int64_t count = part.columns - first < kChunk ? part.columns - first : kChunk;
     for (int64_t r = 0; r < kRows; ++r) {  // rows that are not there repeat the last one and are dropped
-      const int64_t row = begin + (r < rows ? r : rows - 1);
-      read_offsets(part, row, first, count, strides,
+      read_offsets(part, unpacker, shifts, begin + (r < rows ? r : rows - 1), first, count,
                    {scratch.main + r * kChunk, two ? scratch.residual + r * kChunk : nullptr});
     }
+    if (first + kChunk < part.columns) prefetch_rows(part, begin, rows, first + kChunk);
     const float* x = input.x + first;
     multiply_main(main.entries + main_skip, scratch.main, x, input.stride, count, scratch.sums);
     if (two) multiply_residual(residual.entries + residual_skip, scratch.residual, x, input.stride, count, scratch.sums);
@@ -85,10 +95,11 @@ inline void fused_block(const LookupPart& part, const Table& main, const Table& 
 inline void run_fused(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
                       float* y, int64_t y_stride, int64_t begin, int64_t end, FusedScratch& scratch) {
   const int64_t lanes = whole_vectors(part.vector_len), width = lanes < 16 ? lanes : 16;
+  const Unpacker unpacker = make_unpacker(part, {main.shift, residual.shift});
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = end - row < kRows ? end - row : kRows;
-    for (int64_t piece = 0; piece < lanes; piece += width) {
-      fused_block(part, main, residual, input, row, rows, piece, width, scratch);
+    for (int64_t piece = 0; piece < part.vector_len; piece += width) {
+      fused_block(part, unpacker, main, residual, input, row, rows, piece, width, scratch);
       const int64_t used = part.vector_len - piece < width ? part.vector_len - piece : width;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t m = 0; m < input.tokens; ++m) {

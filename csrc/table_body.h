@@ -7,8 +7,9 @@ namespace vptq {
 namespace VPTQ_ISA {
 namespace {
 
-// 4096 x 8 and 8192 x 8 as float32: see docs/log.md for the crossover.
-constexpr int64_t kExpandBytes = 256 * 1024;
+// What the first-level cache holds beside the offsets: within it a lookup of float32 is a sixth cheaper than one of 16
+// bits, beyond it a tenth dearer (docs/log.md).
+constexpr int64_t kExpandBytes = 32 * 1024;
 
 #if VPTQ_LANES == 4
 constexpr bool kWidensHalf = false;
@@ -19,11 +20,14 @@ constexpr bool kWidensHalf = true;
 struct Table {
   const uint8_t* entries;
   Float dtype;
-  uint32_t stride;  // bytes
+  int shift;  // an entry has 2^shift bytes
 };
 
-constexpr int64_t whole_vectors(int64_t vector_len) {
-  return vector_len <= 4 ? 4 : vector_len <= 8 ? 8 : (vector_len + 15) / 16 * 16;
+// Powers of two, so that an index becomes an offset by a shift.
+inline int64_t whole_vectors(int64_t vector_len) {
+  int64_t lanes = 4;
+  while (lanes < vector_len) lanes *= 2;
+  return lanes;
 }
 
 VPTQ_INLINE float half_to_float(uint16_t half) {
@@ -142,16 +146,17 @@ inline Table make_table(const void* codebook, Float dtype, int64_t entries, int6
   const bool narrow = stays_narrow(dtype, entries, vector_len);
   const int64_t lanes = whole_vectors(vector_len), width = narrow || dtype != Float::kFloat32 ? 2 : 4;
   const Float kept = narrow ? dtype : Float::kFloat32;
-  const uint32_t stride = static_cast<uint32_t>(lanes * (narrow ? 2 : 4));
+  const int64_t stride = lanes * (narrow ? 2 : 4);
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(stride));
   const uint8_t* stored = static_cast<const uint8_t*>(codebook);
-  if (in_place(dtype, entries, vector_len)) return {stored, kept, stride};
+  if (in_place(dtype, entries, vector_len)) return {stored, kept, shift};
   if (lanes == vector_len) {
     widen(stored, dtype, entries * vector_len, reinterpret_cast<float*>(memory));
-    return {memory, kept, stride};
+    return {memory, kept, shift};
   }
   for (int64_t e = 0; e < entries; ++e) {
     uint8_t* entry = memory + e * stride;
-    std::memset(entry, 0, stride);
+    std::memset(entry, 0, static_cast<size_t>(stride));
     const uint8_t* from = stored + e * vector_len * width;
     if (narrow) {
       std::memcpy(entry, from, static_cast<size_t>(vector_len) * 2);
@@ -159,7 +164,7 @@ inline Table make_table(const void* codebook, Float dtype, int64_t entries, int6
       widen(from, dtype, vector_len, reinterpret_cast<float*>(entry));
     }
   }
-  return {memory, kept, stride};
+  return {memory, kept, shift};
 }
 
 // W floats of GCC's and Clang's vector types, which become whatever registers the instruction set has.
@@ -182,35 +187,69 @@ VPTQ_INLINE void store_floats(typename Wide<W>::Floats floats, float* at) {
   std::memcpy(at, &floats, sizeof floats);
 }
 
+// W 16-bit floats as float32. GCC 12 takes a convertvector apart, hence intrinsics.
+template <int W, Float kDtype>
+struct Widened {
+  static VPTQ_INLINE typename Wide<W>::Floats load(const uint8_t* at) {
+    typename Wide<W>::Floats floats;
+    for (int half = 0; half < 2; ++half) {
+      const typename Wide<W / 2>::Floats part = Widened<W / 2, kDtype>::load(at + half * W);
+      std::memcpy(reinterpret_cast<uint8_t*>(&floats) + half * W * 2, &part, sizeof part);
+    }
+    return floats;
+  }
+};
+
+#if VPTQ_LANES == 4
+
+template <Float kDtype>
+struct Widened<4, kDtype> {
+  static VPTQ_INLINE Wide<4>::Floats load(const uint8_t* at) {
+    Wide<4>::Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    const Wide<4>::Words words = __builtin_convertvector(halves, Wide<4>::Words) << 16;
+    return (Wide<4>::Floats)words;
+  }
+};
+
+#else
+
+template <Float kDtype>
+struct Widened<4, kDtype> {
+  static VPTQ_INLINE Wide<4>::Floats load(const uint8_t* at) {
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+    if (kDtype == Float::kFloat16) return (Wide<4>::Floats)_mm_cvtph_ps(halves);
+    return (Wide<4>::Floats)_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16);
+  }
+};
+
+template <Float kDtype>
+struct Widened<8, kDtype> {
+  static VPTQ_INLINE Wide<8>::Floats load(const uint8_t* at) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    if (kDtype == Float::kFloat16) return (Wide<8>::Floats)_mm256_cvtph_ps(halves);
+    return (Wide<8>::Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+  }
+};
+
+#if VPTQ_LANES == 16
+
+template <Float kDtype>
+struct Widened<16, kDtype> {
+  static VPTQ_INLINE Wide<16>::Floats load(const uint8_t* at) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    if (kDtype == Float::kFloat16) return (Wide<16>::Floats)_mm512_cvtph_ps(halves);
+    return (Wide<16>::Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
+};
+
+#endif
+#endif
+
 template <int W, Float kDtype>
 VPTQ_INLINE typename Wide<W>::Floats load_entry(const uint8_t* at) {
-  typename Wide<W>::Floats floats;
-  if (kDtype == Float::kFloat32) {
-    std::memcpy(&floats, at, sizeof floats);
-    return floats;
-  }
-  typename Wide<W>::Halves halves;
-  std::memcpy(&halves, at, sizeof halves);
-  if (kDtype == Float::kBFloat16) {
-    const typename Wide<W>::Words words = __builtin_convertvector(halves, typename Wide<W>::Words) << 16;
-    std::memcpy(&floats, &words, sizeof floats);
-    return floats;
-  }
-#if VPTQ_LANES != 4
-  if (W == 4) {
-    __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-    const __m128 wide = _mm_cvtph_ps(four);
-    std::memcpy(&floats, &wide, sizeof floats);
-  } else {
-    for (int part = 0; part < W / 8; ++part) {
-      __m128i eight;
-      std::memcpy(&eight, at + 16 * part, 16);
-      const __m256 wide = _mm256_cvtph_ps(eight);
-      std::memcpy(reinterpret_cast<uint8_t*>(&floats) + 32 * part, &wide, 32);
-    }
-  }
-#endif
-  return floats;
+  if (kDtype == Float::kFloat32) return load_floats<W>(reinterpret_cast<const float*>(at));
+  return Widened<W, kDtype>::load(at);
 }
 
 }  // namespace

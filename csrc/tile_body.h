@@ -116,16 +116,16 @@ inline TileScratch tile_scratch(int64_t vector_len, uint8_t* memory) {
   return {main, main + offsets, tile, tile + kTileColumns * tile_stride(vector_len)};
 }
 
-inline void tile_block(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
+inline void tile_block(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual, const LookupInput& input,
                        float* y, int64_t y_stride, int64_t begin, int64_t rows, const TileScratch& scratch) {
   const int64_t v = part.vector_len, stride = tile_stride(v);
   const bool two = part.residual_codebook != nullptr;
-  const Strides strides{main.stride, residual.stride};
+  const Shifts shifts{main.shift, residual.shift};
   std::memset(scratch.sums, 0, static_cast<size_t>(input.tokens * stride) * 4);
   for (int64_t first = 0; first < part.columns; first += kTileColumns) {
     const int64_t count = part.columns - first < kTileColumns ? part.columns - first : kTileColumns;
     for (int64_t r = 0; r < rows; ++r) {
-      read_offsets(part, begin + r, first, count, strides,
+      read_offsets(part, unpacker, shifts, begin + r, first, count,
                    {scratch.main + r * kTileColumns, two ? scratch.residual + r * kTileColumns : nullptr});
     }
     decode<false>(main, scratch.main, rows, count, v, stride, scratch.tile);
@@ -142,8 +142,9 @@ inline void run_tiles(const LookupPart& part, const Table& main, const Table& re
                       float* y, int64_t y_stride, int64_t begin, int64_t end, uint8_t* memory) {
   const TileScratch scratch = tile_scratch(part.vector_len, memory);
   const int64_t step = tile_rows(part.vector_len);
+  const Unpacker unpacker = make_unpacker(part, {main.shift, residual.shift});
   for (int64_t row = begin; row < end; row += step) {
-    tile_block(part, main, residual, input, y, y_stride, row, end - row < step ? end - row : step, scratch);
+    tile_block(part, unpacker, main, residual, input, y, y_stride, row, end - row < step ? end - row : step, scratch);
   }
 }
 
