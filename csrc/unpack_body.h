@@ -43,59 +43,78 @@ inline void widen_row(const uint8_t* row, int64_t first, int64_t count, int64_t 
 
 #if VPTQ_LANES == 16
 
-// How the values of one stream are picked from a window of 64 bytes; the same for every row.
+// How the values of one stream are picked from a window of 64 bytes; the same for every row. A rotation brings a field to where it
+// counts entries in bytes, so that a mask is all that is left to do.
 struct Unpacker {
-  __m512i words, shift;  // up to 17 bits: 16 lanes of two words each; above: 8 lanes of four
+  __m512i words;           // up to 17 bits: 16 lanes of two words each; above: 8 lanes of four
+  __m512i main_rotation, residual_rotation;
   __m512i main_mask, residual_mask;
-  __m128i above_main, main_shift, residual_shift;
   int64_t bits;
 };
 
 inline Unpacker make_unpacker(const LookupPart& part, Shifts shifts) {
-  const int bits = part.main_bits + part.residual_bits, lanes = bits <= 17 ? 16 : 8, each = 32 / lanes;
+  const int bits = part.main_bits + part.residual_bits, lanes = bits <= 17 ? 16 : 8, each = 32 / lanes, width = 512 / lanes;
   alignas(64) uint16_t words[32];
-  alignas(64) uint32_t shift[16] = {};
+  alignas(64) uint32_t main[16] = {}, residual[16] = {};
   for (int i = 0; i < lanes; ++i) {
     for (int w = 0; w < each; ++w) words[each * i + w] = static_cast<uint16_t>(i * bits / 16 + w);
-    shift[i * 16 / lanes] = static_cast<uint32_t>(i * bits % 16);
+    const int at = i * 16 / lanes, skipped = i * bits % 16;
+    main[at] = static_cast<uint32_t>((width + shifts.main - skipped) % width);
+    residual[at] = static_cast<uint32_t>((2 * width + shifts.residual - skipped - part.main_bits) % width);
   }
-  const auto mask = [&](int width) {
-    return lanes == 16 ? _mm512_set1_epi32((1 << width) - 1) : _mm512_set1_epi64((1LL << width) - 1);
+  const auto mask = [&](int field, int shift) {
+    const uint64_t ones = ((uint64_t{1} << field) - 1) << shift;
+    return lanes == 16 ? _mm512_set1_epi32(static_cast<int>(ones)) : _mm512_set1_epi64(static_cast<long long>(ones));
   };
-  return {_mm512_load_si512(words),          _mm512_load_si512(shift),           mask(part.main_bits),
-          mask(part.residual_bits),          _mm_cvtsi32_si128(part.main_bits),  _mm_cvtsi32_si128(shifts.main),
-          _mm_cvtsi32_si128(shifts.residual), bits};
+  return {_mm512_load_si512(words),
+          _mm512_load_si512(main),
+          _mm512_load_si512(residual),
+          mask(part.main_bits, shifts.main),
+          mask(part.residual_bits, shifts.residual),
+          bits};
 }
 
-VPTQ_INLINE __m512i window_at(const LookupPart& part, const uint8_t* row, int64_t byte) {
-  const int64_t left = part.row_bytes - byte;
-  const __mmask64 there = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-  return _mm512_maskz_loadu_epi8(there, row + byte);
+// Sixteen values from lanes of 32 bits, or eight from lanes of 64.
+template <bool kNarrow, bool kTwo>
+VPTQ_INLINE void unpack_window(const Unpacker& u, __m512i window, uint32_t* main, uint32_t* residual) {
+  const __m512i values = _mm512_permutexvar_epi16(u.words, window);
+  if (kNarrow) {
+    _mm512_storeu_si512(main, _mm512_and_si512(_mm512_rolv_epi32(values, u.main_rotation), u.main_mask));
+    if (!kTwo) return;
+    _mm512_storeu_si512(residual, _mm512_and_si512(_mm512_rolv_epi32(values, u.residual_rotation), u.residual_mask));
+  } else {
+    const __m512i first = _mm512_and_si512(_mm512_rolv_epi64(values, u.main_rotation), u.main_mask);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(main), _mm512_cvtepi64_epi32(first));
+    if (!kTwo) return;
+    const __m512i second = _mm512_and_si512(_mm512_rolv_epi64(values, u.residual_rotation), u.residual_mask);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(residual), _mm512_cvtepi64_epi32(second));
+  }
+}
+
+template <bool kNarrow, bool kTwo>
+inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
+                           Offsets out) {
+  constexpr int64_t kStep = kNarrow ? 16 : 8;
+  const int64_t bytes = kStep * u.bits / 8, start = first * u.bits / 8;
+  const int64_t whole = part.row_bytes - start >= 64 ? (part.row_bytes - start - 64) / bytes + 1 : 0;
+  const uint8_t* at = row + start;
+  int64_t j = 0;
+  for (; j < count && j < whole * kStep; j += kStep, at += bytes) {
+    unpack_window<kNarrow, kTwo>(u, _mm512_loadu_si512(at), out.main + j, out.residual + j);
+  }
+  for (; j < count; j += kStep, at += bytes) {  // not a byte beyond the row
+    const __mmask64 there = (__mmask64{1} << (row + part.row_bytes - at)) - 1;
+    unpack_window<kNarrow, kTwo>(u, _mm512_maskz_loadu_epi8(there, at), out.main + j, out.residual + j);
+  }
 }
 
 inline void unpack_row(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                        Offsets out) {
-  if (u.bits <= 17) {
-    for (int64_t j = 0; j < count; j += 16) {
-      const __m512i window = window_at(part, row, (first + j) * u.bits / 8);
-      const __m512i values = _mm512_srlv_epi32(_mm512_permutexvar_epi16(u.words, window), u.shift);
-      _mm512_storeu_si512(out.main + j, _mm512_sll_epi32(_mm512_and_si512(values, u.main_mask), u.main_shift));
-      if (out.residual == nullptr) continue;
-      const __m512i residual = _mm512_and_si512(_mm512_srl_epi32(values, u.above_main), u.residual_mask);
-      _mm512_storeu_si512(out.residual + j, _mm512_sll_epi32(residual, u.residual_shift));
-    }
-    return;
-  }
-  for (int64_t j = 0; j < count; j += 8) {
-    const __m512i window = window_at(part, row, (first + j) * u.bits / 8);
-    const __m512i values = _mm512_srlv_epi64(_mm512_permutexvar_epi16(u.words, window), u.shift);
-    const __m512i main = _mm512_sll_epi64(_mm512_and_si512(values, u.main_mask), u.main_shift);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.main + j), _mm512_cvtepi64_epi32(main));
-    if (out.residual == nullptr) continue;
-    const __m512i above = _mm512_and_si512(_mm512_srl_epi64(values, u.above_main), u.residual_mask);
-    const __m512i residual = _mm512_sll_epi64(above, u.residual_shift);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.residual + j), _mm512_cvtepi64_epi32(residual));
-  }
+  const bool narrow = u.bits <= 17, two = out.residual != nullptr;
+  if (narrow && two) return unpack_windows<true, true>(part, u, row, first, count, out);
+  if (narrow) return unpack_windows<true, false>(part, u, row, first, count, {out.main, out.main});
+  if (two) return unpack_windows<false, true>(part, u, row, first, count, out);
+  unpack_windows<false, false>(part, u, row, first, count, {out.main, out.main});
 }
 
 #else
