@@ -135,7 +135,7 @@ def row(folder: Path, original: WeightFiles, hessians: Path, hessian_inputs: str
     if report is None:
         sys.exit(f"{folder} has no report.json, which says its spec; quantize it again")
     from_files = report.calibration.startswith("Hessian files")
-    inputs = hessian_inputs or ("original" if from_files else "quantized")
+    inputs = hessian_inputs or ("original" if from_files else "both")
     losses, bits = proxy_losses(folder, original, hessians)
     mean = sum(losses.values()) / len(losses)
     worst = max(losses, key=lambda path: losses[path])

@@ -41,6 +41,7 @@ CONFIGS = (
 # out x in, and how often a decoder block has it; 32 blocks.
 SHAPES = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 BLOCKS = 32
+Shape = tuple[int, int]
 COLD_BYTES = 400e6
 FLOOR_BLOCKS = 400  # of 2048 lookups a thread: a third of a millisecond
 
@@ -67,7 +68,7 @@ def random_layer(config: LayerConfig) -> VQuantLinear:
     return layer
 
 
-def cold(shape: tuple[int, int], spec: QuantSpec, dense: list[Tensor]) -> Layers:
+def cold(shape: Shape, spec: QuantSpec, dense: list[Tensor]) -> Layers:
     config = spec.for_layer(shape[1], shape[0], False)
     first = random_layer(config)
     size = sum(parameter.nbytes for parameter in first.parameters())
@@ -87,7 +88,7 @@ def compile_floor(folder: str) -> Any:
 
 
 def floor_seconds(function: Any, config: LayerConfig, threads: int) -> float:
-    """What the lookups of one call cost at least: each book at the dearer or cheaper form of its entries, the cheaper."""
+    """What the lookups of one call cost at least: each codebook in the cheaper form of its entries."""
     lanes = 4 if config.vector_len <= 4 else 8 if config.vector_len <= 8 else 16
     books = [config.num_centroids] + ([config.num_residual_centroids] if config.has_residual else [])
     lookups = config.num_vectors * config.in_features / threads
@@ -123,13 +124,13 @@ def measure(layers: Layers, tokens: int, rounds: int, floor: Any, threads: int) 
     return times
 
 
-def tokens_per_second(by_shape: dict[tuple[int, int], float], tokens: int) -> float:
+def tokens_per_second(by_shape: dict[Shape, float], tokens: int) -> float:
     return tokens / (BLOCKS * sum(SHAPES[shape] * value for shape, value in by_shape.items()))
 
 
-def row(name: str, dense: dict[tuple[int, int], list[Tensor]], arguments: argparse.Namespace, floor: Any) -> dict[str, Any]:
+def row(name: str, dense: dict[Shape, list[Tensor]], arguments: argparse.Namespace, floor: Any) -> dict[str, Any]:
     spec = QuantSpec.parse(name)
-    found: dict[str, dict[tuple[int, int], float]] = {"ours": {}, "dense": {}, "floor": {}}
+    found: dict[str, dict[Shape, float]] = {"ours": {}, "dense": {}, "floor": {}}
     shares, stored = [], 0
     for shape, count in SHAPES.items():
         layers = cold(shape, spec, dense[shape])

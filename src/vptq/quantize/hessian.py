@@ -21,7 +21,7 @@ COMMUNITY_TAGS = {
 }  # fmt: skip
 """Module name -> file tag of the QuIP#/VPTQ Hessian files; other modules are looked up under their own name."""
 
-QUANTIZED_SHARE = 0.25
+QUANTIZED_SHARE = 0.2
 """Weight of the quantized model's inputs in `PairedAccumulator` (docs/log.md has what other weights gave)."""
 
 DAMPING_STEPS = 8
