@@ -142,6 +142,25 @@ inline int64_t table_bytes(Float dtype, int64_t entries, int64_t vector_len) {
   return (entries * whole_vectors(vector_len) * width + 63) / 64 * 64;
 }
 
+// Every call pays this for each entry of an odd length: with memset and memcpy a call on 192 x 576 at v6-k4096 took 60 us, not 30.
+VPTQ_INLINE void pad_entry(const uint16_t* from, int64_t vector_len, int64_t lanes, uint16_t* to) {
+#if VPTQ_LANES == 16
+  if (lanes <= 16) {
+    const __mmask16 there = static_cast<__mmask16>((1u << vector_len) - 1);
+    const __m256i entry = _mm256_maskz_loadu_epi16(there, from);
+    if (lanes == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), entry);
+    } else if (lanes == 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(entry));
+    } else {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(entry));
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < lanes; ++i) to[i] = i < vector_len ? from[i] : 0;
+}
+
 inline Table make_table(const void* codebook, Float dtype, int64_t entries, int64_t vector_len, uint8_t* memory) {
   const bool narrow = stays_narrow(dtype, entries, vector_len);
   const int64_t lanes = whole_vectors(vector_len), width = narrow || dtype != Float::kFloat32 ? 2 : 4;
@@ -156,11 +175,11 @@ inline Table make_table(const void* codebook, Float dtype, int64_t entries, int6
   }
   for (int64_t e = 0; e < entries; ++e) {
     uint8_t* entry = memory + e * stride;
-    std::memset(entry, 0, static_cast<size_t>(stride));
     const uint8_t* from = stored + e * vector_len * width;
     if (narrow) {
-      std::memcpy(entry, from, static_cast<size_t>(vector_len) * 2);
+      pad_entry(reinterpret_cast<const uint16_t*>(from), vector_len, lanes, reinterpret_cast<uint16_t*>(entry));
     } else {
+      std::memset(entry, 0, static_cast<size_t>(stride));
       widen(from, dtype, vector_len, reinterpret_cast<float*>(entry));
     }
   }
