@@ -7,6 +7,7 @@
 #include "columns_body.h"
 #include "table_body.h"
 #include "unpack_body.h"
+#include "group_body.h"
 #include "lookup_body.h"
 #include "tile_body.h"
 

@@ -40,6 +40,35 @@ void decode_entries(const uint8_t* entries, const uint32_t* offsets, int64_t row
   }
 }
 
+#if VPTQ_LANES == 16
+
+// Where a vector fills its entry, whole registers: half to a quarter of the stores.
+template <int W, Float kDtype, bool kAdd>
+void decode_groups(const uint8_t* entries, const uint32_t* offsets, int64_t count, int64_t stride, float* tile) {
+  constexpr int kPer = 16 / W, kGroups = static_cast<int>(kTileLanes) / 16;
+  for (int64_t j = 0; j < count; ++j) {
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t* at = offsets + g * kPer * kTileColumns + j;
+      Sixteen floats = Group<W, kDtype>::load(entries, at, kTileColumns);
+      float* out = tile + j * stride + g * 16;
+      if (kAdd) floats += load_floats<16>(out);
+      store_floats<16>(floats, out);
+    }
+  }
+}
+
+template <Float kDtype, bool kAdd>
+bool decode_whole(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
+                  int64_t stride, float* tile) {
+  if (rows * vector_len != kTileLanes) return false;
+  if (vector_len == 4) return decode_groups<4, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
+  if (vector_len == 8) return decode_groups<8, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
+  if (vector_len == 16) return decode_groups<16, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
+  return false;
+}
+
+#endif
+
 template <int W, bool kAdd>
 void decode_dtype(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
                   int64_t pieces, int64_t stride, float* tile) {
@@ -56,6 +85,12 @@ void decode_dtype(const Table& table, const uint32_t* offsets, int64_t rows, int
 template <bool kAdd>
 void decode(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
             int64_t stride, float* tile) {
+#if VPTQ_LANES == 16
+  const auto whole = table.dtype == Float::kFloat32    ? decode_whole<Float::kFloat32, kAdd>
+                     : table.dtype == Float::kBFloat16 ? decode_whole<Float::kBFloat16, kAdd>
+                                                       : decode_whole<Float::kFloat16, kAdd>;
+  if (whole(table, offsets, rows, count, vector_len, stride, tile)) return;
+#endif
   const int64_t lanes = whole_vectors(vector_len);
   if (lanes == 4) return decode_dtype<4, kAdd>(table, offsets, rows, count, vector_len, 1, stride, tile);
   if (lanes == 8) return decode_dtype<8, kAdd>(table, offsets, rows, count, vector_len, 1, stride, tile);

@@ -9,6 +9,8 @@ namespace vptq {
 namespace VPTQ_ISA {
 namespace {
 
+constexpr int kRows = VPTQ_LANES == 16 ? 8 : 4;  // vector rows at a time: as many sums as registers allow
+constexpr int64_t kChunk = 256;                  // columns between two visits of the sums
 constexpr int64_t kUnpackGroup = 16;  // values; ranges start at multiples of it
 
 struct Offsets {
