@@ -16,13 +16,19 @@ namespace {
 
 constexpr int kRows = 8, kColumns = 256, kBlocks = 32;
 
+// Each bfloat16 into the upper half of its word, in one shuffle.
+__m256i upper_halves() {
+  return _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+}
+
 struct Entry4 {
   typedef __m128 Sum;
   static Sum zero() { return _mm_setzero_ps(); }
   static Sum floats(const uint8_t* at) { return _mm_loadu_ps(reinterpret_cast<const float*>(at)); }
   static Sum halves(const uint8_t* at) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(stored), 16));
+    return _mm_castsi128_ps(_mm_shuffle_epi8(stored, _mm256_castsi256_si128(upper_halves())));
   }
   static Sum add(float x, Sum entry, Sum sum) { return _mm_fmadd_ps(_mm_set1_ps(x), entry, sum); }
   static float first(Sum sum) { return _mm_cvtss_f32(sum); }
@@ -34,7 +40,7 @@ struct Entry8 {
   static Sum floats(const uint8_t* at) { return _mm256_loadu_ps(reinterpret_cast<const float*>(at)); }
   static Sum halves(const uint8_t* at) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(stored), upper_halves()));
   }
   static Sum add(float x, Sum entry, Sum sum) { return _mm256_fmadd_ps(_mm256_set1_ps(x), entry, sum); }
   static float first(Sum sum) { return _mm256_cvtss_f32(sum); }
@@ -47,7 +53,9 @@ struct Entry16 {
   static Sum floats(const uint8_t* at) { return _mm512_loadu_ps(at); }
   static Sum halves(const uint8_t* at) {
     const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+    const __m512i pick = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i wide = _mm512_castsi256_si512(stored);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_slli_epi32(pick, 16), wide));
   }
   static Sum add(float x, Sum entry, Sum sum) { return _mm512_fmadd_ps(_mm512_set1_ps(x), entry, sum); }
   static float first(Sum sum) { return _mm512_cvtss_f32(sum); }

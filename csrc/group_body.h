@@ -27,7 +27,7 @@ struct Group<16, kDtype> {
 
 VPTQ_INLINE Sixteen widen_sixteen(__m256i halves, Float dtype) {
   if (dtype == Float::kFloat16) return (Sixteen)_mm512_cvtph_ps(halves);
-  return (Sixteen)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  return (Sixteen)upper_sixteen(halves);
 }
 
 template <Float kDtype>

@@ -206,7 +206,8 @@ VPTQ_INLINE void store_floats(typename Wide<W>::Floats floats, float* at) {
   std::memcpy(at, &floats, sizeof floats);
 }
 
-// W 16-bit floats as float32. GCC 12 takes a convertvector apart, hence intrinsics.
+// W 16-bit floats as float32. A bfloat16 goes to the upper half of its word by one shuffle, which leaves the ports of the
+// multiply-adds alone; widening and shifting takes one of them. GCC 12 takes a convertvector apart, hence intrinsics.
 template <int W, Float kDtype>
 struct Widened {
   static VPTQ_INLINE typename Wide<W>::Floats load(const uint8_t* at) {
@@ -233,12 +234,18 @@ struct Widened<4, kDtype> {
 
 #else
 
+// Elements 0 to 3 of the lower copy, 4 to 7 of the upper one.
+VPTQ_INLINE __m256i upper_halves() {
+  return _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+}
+
 template <Float kDtype>
 struct Widened<4, kDtype> {
   static VPTQ_INLINE Wide<4>::Floats load(const uint8_t* at) {
     const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
     if (kDtype == Float::kFloat16) return (Wide<4>::Floats)_mm_cvtph_ps(halves);
-    return (Wide<4>::Floats)_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16);
+    return (Wide<4>::Floats)_mm_shuffle_epi8(halves, _mm256_castsi256_si128(upper_halves()));
   }
 };
 
@@ -247,18 +254,23 @@ struct Widened<8, kDtype> {
   static VPTQ_INLINE Wide<8>::Floats load(const uint8_t* at) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     if (kDtype == Float::kFloat16) return (Wide<8>::Floats)_mm256_cvtph_ps(halves);
-    return (Wide<8>::Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    return (Wide<8>::Floats)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(halves), upper_halves());
   }
 };
 
 #if VPTQ_LANES == 16
+
+VPTQ_INLINE __m512i upper_sixteen(__m256i halves) {
+  const __m512i pick = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_slli_epi32(pick, 16), _mm512_castsi256_si512(halves));
+}
 
 template <Float kDtype>
 struct Widened<16, kDtype> {
   static VPTQ_INLINE Wide<16>::Floats load(const uint8_t* at) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     if (kDtype == Float::kFloat16) return (Wide<16>::Floats)_mm512_cvtph_ps(halves);
-    return (Wide<16>::Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    return (Wide<16>::Floats)upper_sixteen(halves);
   }
 };
 

@@ -97,15 +97,14 @@ template <bool kNarrow, bool kTwo>
 inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                            Offsets out) {
   constexpr int64_t kStep = kNarrow ? 16 : 8;
-  const int64_t bytes = kStep * u.bits / 8, start = first * u.bits / 8;
-  const int64_t whole = part.row_bytes - start >= 64 ? (part.row_bytes - start - 64) / bytes + 1 : 0;
-  const uint8_t* at = row + start;
+  const int64_t bytes = kStep * u.bits / 8;
+  const uint8_t *at = row + first * u.bits / 8, *end = row + part.row_bytes;
   int64_t j = 0;
-  for (; j < count && j < whole * kStep; j += kStep, at += bytes) {
+  for (; j < count && end - at >= 64; j += kStep, at += bytes) {
     unpack_window<kNarrow, kTwo>(u, _mm512_loadu_si512(at), out.main + j, out.residual + j);
   }
   for (; j < count; j += kStep, at += bytes) {  // not a byte beyond the row
-    const __mmask64 there = (__mmask64{1} << (row + part.row_bytes - at)) - 1;
+    const __mmask64 there = (__mmask64{1} << (end - at)) - 1;
     unpack_window<kNarrow, kTwo>(u, _mm512_maskz_loadu_epi8(there, at), out.main + j, out.residual + j);
   }
 }
