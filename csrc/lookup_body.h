@@ -108,10 +108,10 @@ inline void fused_block(const LookupPart& part, const Unpacker& unpacker, const 
   }
 }
 
-inline void run_fused(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
-                      float* y, int64_t y_stride, int64_t begin, int64_t end, FusedScratch& scratch) {
+inline void run_fused(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual,
+                      const LookupInput& input, float* y, int64_t y_stride, int64_t begin, int64_t end,
+                      FusedScratch& scratch) {
   const int64_t lanes = whole_vectors(part.vector_len), width = lanes < 16 ? lanes : 16;
-  const Unpacker unpacker = make_unpacker(part, {main.shift, residual.shift});
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = end - row < kRows ? end - row : kRows;
     for (int64_t piece = 0; piece < part.vector_len; piece += width) {

@@ -17,6 +17,9 @@ namespace {
 
 constexpr const char* kOp = "vptq::linear";
 
+// What a thread must have to do to be worth waking: ten microseconds.
+constexpr int64_t kLookupsPerThread = 1 << 14;
+
 // Memory a thread keeps from call to call: an allocation of this size would be mapped, and its pages cleared, every time.
 class Kept {
  public:
@@ -75,31 +78,25 @@ Prepared prepare(const StoredLayer& layer, const LookupKernel& kernel, const uin
   return prepared;
 }
 
-void multiply(const StoredLayer& layer, const LookupKernel& kernel, const float* x, int64_t tokens, float* y) {
-  std::fill(y, y + tokens * layer.padded_rows, 0.0f);
-  for (size_t first = 0; first < layer.parts.size();) {
-    size_t last = first + 1;  // parts of the same vectors share a pass of the threads
-    while (last < layer.parts.size() && layer.parts[last].lookup.vector_len == layer.parts[first].lookup.vector_len) ++last;
-    const LayerPart& shape = layer.parts[first];
-    const int64_t tile = kernel.rows_per_tile(shape.lookup, tokens), tiles = (shape.rows + tile - 1) / tile;
-    // A thread is worth waking for about 16,000 lookups, ten microseconds.
-    const int64_t grain = 1 + (int64_t{1} << 14) / (tile * (layer.in_features + 1));
-    std::atomic<bool> out_of_memory{false};
-    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      for (size_t p = first; p < last; ++p) {
-        const LayerPart& part = layer.parts[p];
-        void* scratch = kept_scratch.at_least(kernel.scratch_bytes(part.lookup, tokens));
-        if (scratch == nullptr) {
-          out_of_memory = true;
-          return;
-        }
-        const LookupInput input{x + part.first_column, layer.in_features, tokens};
-        kernel.run(part.lookup, input, y, layer.padded_rows, begin * tile, std::min(end * tile, part.rows), scratch);
-      }
-    });
-    require(!out_of_memory, kOp, ": out of memory for a thread's scratch space");
-    first = last;
-  }
+// y += the part's share. Threads take tiles as they get to them: the machine's other work slows one more than another.
+void multiply(const LayerPart& part, const LookupKernel& kernel, const LookupInput& input, float* y, int64_t y_stride) {
+  const int64_t tile = kernel.rows_per_tile(part.lookup, input.tokens), tiles = (part.rows + tile - 1) / tile;
+  const int64_t lookups = part.rows * part.lookup.columns;
+  const int64_t threads = std::min({int64_t{torch::stable::get_num_threads()}, tiles, 1 + lookups / kLookupsPerThread});
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    void* scratch = kept_scratch.at_least(kernel.scratch_bytes(part.lookup, input.tokens));
+    if (scratch == nullptr) {
+      out_of_memory = true;
+      return;
+    }
+    kernel.prepare(part.lookup, scratch);
+    for (int64_t t = next++; t < tiles; t = next++) {
+      kernel.run(part.lookup, input, y, y_stride, t * tile, std::min((t + 1) * tile, part.rows), scratch);
+    }
+  });
+  require(!out_of_memory, kOp, ": out of memory for a thread's scratch space");
 }
 
 }  // namespace
@@ -138,7 +135,10 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
     const int64_t some = std::min(kMaxTokens, tokens - first);
     const Prepared prepared = prepare(layer, kernel, in + first * in_features * width, some);
     float* sums = floats_or_throw(kept_output, some * layer.padded_rows);
-    multiply(layer, kernel, prepared.x, some, sums);
+    std::fill(sums, sums + some * layer.padded_rows, 0.0f);
+    for (const LayerPart& part : layer.parts) {
+      multiply(part, kernel, {prepared.x + part.first_column, in_features, some}, sums, layer.padded_rows);
+    }
     for (int64_t m = 0; m < some; ++m) {
       float* row = sums + m * layer.padded_rows;
       if (layer.weight_scale) {

@@ -173,11 +173,10 @@ inline void tile_block(const LookupPart& part, const Unpacker& unpacker, const T
   }
 }
 
-inline void run_tiles(const LookupPart& part, const Table& main, const Table& residual, const LookupInput& input,
+inline void run_tiles(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual, const LookupInput& input,
                       float* y, int64_t y_stride, int64_t begin, int64_t end, uint8_t* memory) {
   const TileScratch scratch = tile_scratch(part.vector_len, memory);
   const int64_t step = tile_rows(part.vector_len);
-  const Unpacker unpacker = make_unpacker(part, {main.shift, residual.shift});
   for (int64_t row = begin; row < end; row += step) {
     tile_block(part, unpacker, main, residual, input, y, y_stride, row, end - row < step ? end - row : step, scratch);
   }
@@ -185,31 +184,49 @@ inline void run_tiles(const LookupPart& part, const Table& main, const Table& re
 
 // What LookupKernel names.
 
+struct PreparedPart {
+  Table main, residual;
+  Unpacker unpacker;
+};
+
+constexpr int64_t kPreparedBytes = (sizeof(PreparedPart) + 63) / 64 * 64;
+
+VPTQ_INLINE int64_t tables_bytes(const LookupPart& part) {
+  return table_bytes(part.dtype, part.centroids, part.vector_len) +
+         table_bytes(part.dtype, part.residual_centroids, part.vector_len);
+}
+
 inline int64_t lookup_rows_per_tile(const LookupPart& part, int64_t tokens) {
   return tokens <= kFusedTokens ? kRows : tile_rows(part.vector_len);
 }
 
 inline int64_t lookup_scratch_bytes(const LookupPart& part, int64_t tokens) {
-  const int64_t tables = table_bytes(part.dtype, part.centroids, part.vector_len) +
-                         table_bytes(part.dtype, part.residual_centroids, part.vector_len);
-  const int64_t rest = tokens <= kFusedTokens ? static_cast<int64_t>(sizeof(FusedScratch)) : tile_scratch_bytes(part.vector_len);
-  return tables + rest;
+  const int64_t fused = static_cast<int64_t>(sizeof(FusedScratch));
+  return kPreparedBytes + tables_bytes(part) + (tokens <= kFusedTokens ? fused : tile_scratch_bytes(part.vector_len));
+}
+
+inline void prepare_lookup(const LookupPart& part, void* scratch) {
+  uint8_t* memory = static_cast<uint8_t*>(scratch) + kPreparedBytes;
+  PreparedPart& prepared = *static_cast<PreparedPart*>(scratch);
+  prepared.main = make_table(part.codebook, part.dtype, part.centroids, part.vector_len, memory);
+  prepared.residual = prepared.main;
+  if (part.residual_codebook != nullptr) {
+    memory += table_bytes(part.dtype, part.centroids, part.vector_len);
+    prepared.residual =
+        make_table(part.residual_codebook, part.dtype, part.residual_centroids, part.vector_len, memory);
+  }
+  prepared.unpacker = make_unpacker(part, {prepared.main.shift, prepared.residual.shift});
 }
 
 inline void run_lookup(const LookupPart& part, const LookupInput& input, float* y, int64_t y_stride, int64_t begin,
                        int64_t end, void* scratch) {
-  uint8_t* memory = static_cast<uint8_t*>(scratch);
-  const Table main = make_table(part.codebook, part.dtype, part.centroids, part.vector_len, memory);
-  memory += table_bytes(part.dtype, part.centroids, part.vector_len);
-  Table residual = main;
-  if (part.residual_codebook != nullptr) {
-    residual = make_table(part.residual_codebook, part.dtype, part.residual_centroids, part.vector_len, memory);
-    memory += table_bytes(part.dtype, part.residual_centroids, part.vector_len);
-  }
+  const PreparedPart& prepared = *static_cast<PreparedPart*>(scratch);
+  uint8_t* memory = static_cast<uint8_t*>(scratch) + kPreparedBytes + tables_bytes(part);
   if (input.tokens <= kFusedTokens) {
-    run_fused(part, main, residual, input, y, y_stride, begin, end, *reinterpret_cast<FusedScratch*>(memory));
+    run_fused(part, prepared.unpacker, prepared.main, prepared.residual, input, y, y_stride, begin, end,
+              *reinterpret_cast<FusedScratch*>(memory));
   } else {
-    run_tiles(part, main, residual, input, y, y_stride, begin, end, memory);
+    run_tiles(part, prepared.unpacker, prepared.main, prepared.residual, input, y, y_stride, begin, end, memory);
   }
 }
 
