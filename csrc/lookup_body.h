@@ -83,7 +83,7 @@ VPTQ_INLINE void prefetch_rows(const LookupPart& part, int64_t begin, int64_t ro
   const int64_t bits = part.main_bits > 0 ? part.main_bits + part.residual_bits : 16;
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* row = part.indices + (begin + r) * part.row_bytes + first * bits / 8;
-    for (int64_t byte = 0; byte < kChunk * bits / 8; byte += 64) __builtin_prefetch(row + byte);
+    for (int64_t byte = 0; byte < kChunk * bits / 8; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 }
 

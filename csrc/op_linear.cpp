@@ -45,6 +45,19 @@ float* floats_or_throw(Kept& kept, int64_t count) {
   return static_cast<float*>(memory);
 }
 
+// Several sums side by side, or each addition would wait for the one before it.
+float dot(const float* a, const float* b, int64_t count) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int s = 0; s < kSums; ++s) sums[s] += static_cast<double>(a[i + s]) * b[i + s];
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(a[i]) * b[i];
+  for (int s = 1; s < kSums; ++s) sums[0] += sums[s];
+  return static_cast<float>(sums[0]);
+}
+
 // x' [tokens, in_features] and what weight_bias adds to all outputs of a token.
 struct Prepared {
   float* x;
@@ -65,10 +78,8 @@ Prepared prepare(const StoredLayer& layer, const LookupKernel& kernel, const uin
     float* row = rows + m * n;
     kernel.widen(x + m * bytes, layer.dtype, n, row);
     if (layer.weight_scale) {
-      double shift = 0.0;
-      for (int64_t i = 0; i < n; ++i) shift += static_cast<double>(row[i]) * bias[i];
+      prepared.shift[m] = dot(row, bias, n);
       for (int64_t i = 0; i < n; ++i) row[i] *= scale[i];
-      prepared.shift[m] = static_cast<float>(shift);
     }
     if (!layer.perm.empty()) {
       for (int64_t p = 0; p < n; ++p) ordered[p] = row[layer.perm[p]];

@@ -10,27 +10,32 @@ import sys
 import pytest
 
 REPORT = """
-import dataclasses, json, sys, warnings
+import dataclasses, json, logging, sys
 if sys.argv[1] == "without":
     sys.modules["vptq._C"] = None  # importing it fails, as where it was never built
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from vptq import ops
+from vptq import ops
 import torch
+caught = []
+handler = logging.Handler()
+handler.emit = lambda record: caught.append(record.getMessage())
+logging.getLogger("vptq").addHandler(handler)
 kernel = torch._C._dispatch_has_kernel_for_dispatch_key("vptq::nearest", "CPU")
 print(json.dumps({
     "backends": {status.name: dataclasses.asdict(status) for status in ops.backends()},
     "kernel": kernel,
-    "nearest": ops.nearest(torch.tensor([[0.9]]), torch.tensor([[0.0], [1.0]]))[0].tolist(),
-    "warnings": [str(warning.message) for warning in caught],
+    "quiet": not caught,
+    "nearest": [ops.nearest(torch.tensor([[0.9]]), torch.tensor([[0.0], [1.0]]))[0].tolist() for _ in range(2)][1],
+    "warnings": caught,
 }))
 """
 
 
-def report(extension: str, backend: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "VPTQ_BACKEND"}
+def report(extension: str, backend: str | None, required: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if "VPTQ" not in key}
     if backend is not None:
         environment["VPTQ_BACKEND"] = backend
+    if required is not None:
+        environment["VPTQ_REQUIRE_BACKEND"] = required
     command = [sys.executable, "-c", REPORT, extension]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -58,6 +63,7 @@ def test_missing_extension_is_told_once_with_the_remedy() -> None:
     found = json.loads(report("without", None).stdout)
     assert not found["backends"]["cpu"]["available"]
     assert found["nearest"] == [[1]]
+    assert found["quiet"], "importing says nothing"
     assert len(found["warnings"]) == 1
     assert "install a C++ compiler" in found["warnings"][0]
 
@@ -74,3 +80,16 @@ def test_a_backend_that_cannot_be_used_is_an_error(backend: str, said: str) -> N
     result = report("without", backend)
     assert result.returncode == 1
     assert f"BackendError: {said}" in result.stderr.splitlines()[-1]
+
+
+def test_a_required_backend() -> None:
+    pytest.importorskip("vptq._C")
+    assert json.loads(report("with", None, required="cpu").stdout)["backends"]["cpu"]["active"]
+    for extension, backend, said in (
+        ("without", None, "VPTQ_REQUIRE_BACKEND=cpu, but the C++ kernels are not usable"),
+        ("with", "reference", "VPTQ_REQUIRE_BACKEND=cpu, but not loaded: VPTQ_BACKEND=reference"),
+    ):
+        result = report(extension, backend, required="cpu")
+        assert result.returncode == 1
+        assert f"BackendError: {said}" in result.stderr.splitlines()[-1]
+    assert "VPTQ_REQUIRE_BACKEND is 'gpu'" in report("with", None, required="gpu").stderr

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from vptq.ops import columns, dense, search
-from vptq.ops.backends import BackendStatus, backends
+from vptq.ops.backends import BackendStatus, backends, tell_when_missed
 
 __all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "nearest"]
 
-# The implementations stand behind the schemas; the names keep a linter from calling them unused.
-_ = (columns, dense, search)
+tell_when_missed(
+    {"linear": dense.linear, "nearest": search.nearest, "assign_columns": columns.assign_columns}
+)  # dequantize has no other implementation
 
 
 def dequantize(

@@ -2,25 +2,30 @@
 
 A backend is a set of kernels registered for a device: loading it is choosing it, and the dispatcher does the rest.
 `VPTQ_BACKEND` is therefore read once, when the operators are first imported: `reference` loads no kernels, `cpu` or
-`triton` insist on theirs, and without it everything that loads is used. A fast path that should be there and is not is
-told once, by name, with the remedy.
+`triton` load and insist on theirs, and without it everything that loads is used. A fast path that should be there and
+is not is told once, by name, with the remedy, when it is first missed; `VPTQ_REQUIRE_BACKEND=cpu` makes that an error
+at once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from vptq.errors import BackendError
-from vptq.ops.schemas import OPERATORS
+from vptq.ops.schemas import LIBRARY, OPERATORS
 
 ENVIRONMENT_VARIABLE = "VPTQ_BACKEND"
+REQUIRED_VARIABLE = "VPTQ_REQUIRE_BACKEND"
 CHOICES = ("reference", "cpu", "triton")
+DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,19 @@ class BackendStatus:
     reason: str
 
 
-def load(requested: str) -> tuple[BackendStatus, ...]:
+def load(requested: str, required: str = "") -> tuple[BackendStatus, ...]:
     """Load the kernels that `requested` (the value of VPTQ_BACKEND, empty for all) allows.
 
+    Args:
+        requested: The backend to load, or empty for all.
+        required: A backend that must be in use then (the value of VPTQ_REQUIRE_BACKEND), or empty.
+
     Raises:
-        BackendError: The value is unknown, or the backend it names cannot be used.
+        BackendError: A value is unknown, or a backend it names cannot be used.
     """
-    if requested and requested not in CHOICES:
-        allowed = ", ".join(CHOICES)
-        raise BackendError(f"{ENVIRONMENT_VARIABLE} is {requested!r}; choose one of {allowed}, or leave it unset")
+    for variable, value in ((ENVIRONMENT_VARIABLE, requested), (REQUIRED_VARIABLE, required)):
+        if value and value not in CHOICES:
+            raise BackendError(f"{variable} is {value!r}; choose one of {', '.join(CHOICES)}, or leave it unset")
     reference = BackendStatus(
         "reference", True, True, "PyTorch; runs whatever no other active backend has a kernel for"
     )
@@ -61,7 +70,36 @@ def load(requested: str) -> tuple[BackendStatus, ...]:
         if requested and not status.active:
             raise BackendError(f"{ENVIRONMENT_VARIABLE}={name}, but {status.reason}")
         statuses.append(status)
+    for status in statuses:
+        if status.name == required and not status.active:
+            raise BackendError(f"{REQUIRED_VARIABLE}={required}, but {status.reason}")
     return tuple(statuses)
+
+
+def tell_when_missed(implementations: Mapping[str, Callable[..., Any]]) -> None:
+    """Lets the PyTorch code say so, once, where it runs because kernels that should be there are not.
+
+    Args:
+        implementations: PyTorch functions by operator name. Kernels that are there are not touched, so this costs
+            nothing where all is well.
+    """
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        return  # the user chose
+    for status in _STATUSES:
+        if not status.active:
+            for name, function in implementations.items():
+                LIBRARY.impl(name, _told(function, status), DISPATCH_KEYS[status.name])
+
+
+def _told(function: Callable[..., Any], status: BackendStatus) -> Callable[..., Any]:
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        if status.name not in _missed:
+            _missed.add(status.name)
+            logging.getLogger("vptq").warning("vptq runs without its fast %s path: %s", status.name, status.reason)
+        return function(*arguments)
+
+    return run
 
 
 def _load_cpu() -> BackendStatus:
@@ -93,11 +131,8 @@ def _covered(dispatch_key: str) -> str:
 
 
 _LOADERS: dict[str, Callable[[], BackendStatus]] = {"cpu": _load_cpu, "triton": _load_triton}
-_STATUSES = load(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-if not os.environ.get(ENVIRONMENT_VARIABLE):
-    for _status in _STATUSES:
-        if _status.name == "cpu" and not _status.active:
-            warnings.warn(f"vptq runs without its fast CPU path: {_status.reason}", RuntimeWarning, stacklevel=2)
+_STATUSES = load(os.environ.get(ENVIRONMENT_VARIABLE, ""), os.environ.get(REQUIRED_VARIABLE, ""))
+_missed: set[str] = set()
 
 
 def backends() -> list[BackendStatus]:
