@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import vptq
+from vptq.quantize.report import load_report
 from vptq.spec import QuantSpec
 
 MEMORY = """
@@ -120,7 +121,11 @@ def whole_model(arguments: argparse.Namespace) -> dict[str, Any]:
     models = {"quantized": vptq.AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.bfloat16).eval()}
     if arguments.original:
         models["original"] = vptq.AutoModelForCausalLM.from_pretrained(arguments.original, dtype=torch.bfloat16).eval()
-    result = {"model": arguments.folder.name, **measured(models, arguments)}
+    report = load_report(arguments.folder)
+    result = {
+        "model": f"{report.model} at {report.spec}" if report else arguments.folder.name,
+        **measured(models, arguments),
+    }
     return result | {"file_bytes": files(arguments.folder), "loaded_bytes": memory(arguments.folder)}
 
 
@@ -132,6 +137,14 @@ def measured(models: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
         found["original_share_in_linear"] = share_in_linear(models["original"], "aten::linear")
     found["quantized_share_in_linear"] = share_in_linear(models["quantized"], "vptq::linear")
     return found
+
+
+def merge(row: dict[str, Any], path: Path) -> None:
+    """Adds a row to the results, in place of an earlier one of the same model and threads."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = [other for other in rows if (other["model"], other["threads"]) != (row["model"], row["threads"])]
+    rows = sorted([*rows, row], key=lambda other: (other["model"], other["threads"]))
+    path.write_text(json.dumps({"benchmark": "decode", "rows": rows}, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -161,7 +174,7 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:32} {value:.3f}" if isinstance(value, float) else f"{key:32} {value}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        merge(result, arguments.json)
     print(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
 """CPU inference: `vptq::linear` on Llama-2-7B's three shapes, beside what bounds it and what it replaces.
 
-    python benchmarks/kernel.py [--threads 2] [--rounds 7] [--configs v8-k4096,...] [--tokens 1] [--json FILE]
+    python benchmarks/kernel.py [--threads 2] [--rounds 15] [--configs v8-k4096,...] [--tokens 1] [--json FILE]
 
 For every config, in one process and alternating round by round: our kernel, PyTorch's dense bfloat16 `linear` on the
 same shape and threads, and the floor, a loop of nothing but index loads, entry loads and multiply-adds
@@ -43,7 +43,8 @@ SHAPES = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 BLOCKS = 32
 Shape = tuple[int, int]
 COLD_BYTES = 400e6
-FLOOR_BLOCKS = 400  # of 2048 lookups a thread: a third of a millisecond
+FLOOR_BLOCKS = 4000  # of 2048 lookups a thread: three milliseconds
+ROUND_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(layers: Layers, tokens: int, rounds: int, floor: Any, threads: int) -> dict[str, list[float]]:
-    """Seconds a call, round by round: ours, dense, floor. A round's calls are many enough to fill 20 ms."""
+    """Seconds a call, round by round: ours, dense, floor. A round's calls are many enough to fill 10 ms each."""
     x = torch.randn(tokens, layers.config.in_features, dtype=torch.bfloat16)
     ours = lambda: next(layers.quantized)(x)  # noqa: E731
     dense = lambda: functional.linear(x, next(layers.dense))  # noqa: E731
-    calls = {"ours": max(1, int(0.02 / seconds(ours))), "dense": max(1, int(0.02 / seconds(dense)))}
+    calls = {"ours": int(ROUND_SECONDS / seconds(ours)) + 1, "dense": int(ROUND_SECONDS / seconds(dense)) + 1}
     times: dict[str, list[float]] = {"ours": [], "dense": [], "floor": []}
     for number in range(rounds + 1):
         mine = statistics.median(seconds(ours) for _ in range(calls["ours"]))
@@ -163,7 +164,7 @@ def row(name: str, dense: dict[Shape, list[Tensor]], arguments: argparse.Namespa
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--json", type=Path)

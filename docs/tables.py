@@ -1,8 +1,8 @@
-"""Write the tables of README.md from the result files in benchmarks/results, or check that they are current.
+"""Write the tables of README.md and docs/performance.md from the result files in benchmarks/results, or check that they are current.
 
     python docs/tables.py [--check]
 
-A figure in the README that no committed result file holds is one that nobody can trace; so none is typed by hand.
+A figure there that no committed result file holds is one that nobody can trace; so none is typed by hand.
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the
 keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss).
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,15 @@ class Column:
         value = row.get(self.key)
         return "-" if value is None else self.form.format(value)
 
+
+KERNEL = (
+    Column("config", "config", "`{}`"),
+    Column("tokens/s of a 7B's linear layers", "tokens_per_second", "{:.2f}"),
+    Column("share of the lookup floor", "share_of_floor", "{:.2f}"),
+    Column("times dense bfloat16", "times_dense", "{:.2f}"),
+    Column("dense tokens/s", "dense_tokens_per_second", "{:.2f}"),
+    Column("streaming bound", "streaming_bound_tokens_per_second", "{:.1f}"),
+)
 
 TABLES: dict[str, tuple[Column, ...]] = {
     "smollm2": (
@@ -58,6 +67,16 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("PyTorch seconds", "torch_seconds", "{:.4f}"),
         Column("times faster", "ratio", "{:.1f}"),
         Column("GFLOP/s", "gflops", "{:.0f}"),
+    ),
+    **dict.fromkeys(("kernel", "kernel_1_thread", "kernel_8_tokens"), KERNEL),
+    "decode": (
+        Column("model", "model"),
+        Column("threads", "threads"),
+        Column("tokens/s", "quantized_tokens_per_second", "{:.1f}"),
+        Column("original, bfloat16", "original_tokens_per_second", "{:.1f}"),
+        Column("times the original", "times_original", "{:.2f}"),
+        Column("share of time in linear layers", "quantized_share_in_linear", "{:.0%}"),
+        Column("the original's", "original_share_in_linear", "{:.0%}"),
     ),
 }
 
