@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from the result files in benchmarks/results, or check that they are current.
+"""Write the tables of README.md and docs/performance.md from benchmarks/results, or check that they are current.
 
     python docs/tables.py [--check]
 
