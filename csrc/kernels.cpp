@@ -6,6 +6,7 @@ namespace generic { extern const Kernels kKernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kKernels; }
 namespace avx512 { extern const Kernels kKernels; }
+namespace bytes { extern const LookupKernel kLookup; }
 #endif
 
 const Kernels& kernels_for(Isa isa) {
@@ -15,6 +16,15 @@ const Kernels& kernels_for(Isa isa) {
 #endif
   (void)isa;
   return generic::kKernels;
+}
+
+const LookupKernel* byte_kernel_for(Isa isa) {
+#if defined(__x86_64__)
+  const bool there = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  if (isa == Isa::kAvx512 && there) return &bytes::kLookup;
+#endif
+  (void)isa;
+  return nullptr;
 }
 
 }  // namespace vptq

@@ -14,8 +14,12 @@ struct Kernels {
   StagesKernel stages;
   ColumnsKernel columns;
   LookupKernel lookup;
+  FloatKernel floats;
 };
 
 const Kernels& kernels_for(Isa isa);
+
+// One token with codebooks rounded to bytes; null where the machine lacks the instructions, or `isa` forbids them.
+const LookupKernel* byte_kernel_for(Isa isa);
 
 }  // namespace vptq

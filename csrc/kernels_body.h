@@ -19,7 +19,8 @@ const Kernels kKernels = {
     {codebook_floats, scratch_floats, prepare, run},
     {stages_prepared_floats, stages_scratch_floats, prepare_stages, search_stages},
     {columns_scratch_floats, run_columns},
-    {lookup_rows_per_tile, lookup_scratch_bytes, prepare_lookup, run_lookup, widen, round_floats},
+    {lookup_fits, lookup_rows_per_tile, lookup_scratch_bytes, prepare_lookup, run_lookup},
+    {widen, round_floats},
 };
 
 #undef VPTQ_INLINE

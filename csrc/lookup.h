@@ -36,11 +36,15 @@ struct LookupInput {
 // One per instruction set. Scratch is in bytes, aligned to 64, one a thread, prepared once for many runs; `y` is [tokens, y_stride]
 // and holds whole vectors. `rows_per_tile`: ranges should begin at multiples of it.
 struct LookupKernel {
+  bool (*fits)(const LookupPart&, int64_t tokens);
   int64_t (*rows_per_tile)(const LookupPart&, int64_t tokens);
   int64_t (*scratch_bytes)(const LookupPart&, int64_t tokens);
-  void (*prepare)(const LookupPart&, void* scratch);
+  void (*prepare)(const LookupPart&, const LookupInput&, void* scratch);
   void (*run)(const LookupPart&, const LookupInput&, float* y, int64_t y_stride, int64_t begin, int64_t end,
               void* scratch);
+};
+
+struct FloatKernel {
   void (*widen)(const void* stored, Float dtype, int64_t count, float* out);
   void (*round)(const float* values, Float dtype, int64_t count, void* out);
 };

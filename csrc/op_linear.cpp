@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "checks.h"
@@ -19,6 +21,14 @@ constexpr const char* kOp = "vptq::linear";
 
 // What a thread must have to do to be worth waking: ten microseconds.
 constexpr int64_t kLookupsPerThread = 1 << 14;
+
+// Centroids rounded to bytes are for who asks for them.
+bool wants_bytes() {
+  const char* asked = std::getenv("VPTQ_CPU_CODEBOOK");
+  if (asked == nullptr || asked[0] == '\0' || std::strcmp(asked, "exact") == 0) return false;
+  require(std::strcmp(asked, "int8") == 0, "VPTQ_CPU_CODEBOOK is '", asked, "'; allowed are exact and int8");
+  return true;
+}
 
 // Memory a thread keeps from call to call: an allocation of this size would be mapped, and its pages cleared, every time.
 class Kept {
@@ -64,7 +74,7 @@ struct Prepared {
   std::vector<float> shift;
 };
 
-Prepared prepare(const StoredLayer& layer, const LookupKernel& kernel, const uint8_t* x, int64_t tokens) {
+Prepared prepare(const StoredLayer& layer, const FloatKernel& kernel, const uint8_t* x, int64_t tokens) {
   const int64_t n = layer.in_features, bytes = n * (layer.dtype == Float::kFloat32 ? 4 : 2);
   float* memory = floats_or_throw(kept_input, (tokens + 3) * n);
   float* rows = memory + 3 * n;
@@ -102,7 +112,7 @@ void multiply(const LayerPart& part, const LookupKernel& kernel, const LookupInp
       out_of_memory = true;
       return;
     }
-    kernel.prepare(part.lookup, scratch);
+    kernel.prepare(part.lookup, input, scratch);
     for (int64_t t = next++; t < tiles; t = next++) {
       kernel.run(part.lookup, input, y, y_stride, t * tile, std::min((t + 1) * tile, part.rows), scratch);
     }
@@ -130,25 +140,29 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
   Tensor y = torch::stable::new_empty(x, shape);
   if (tokens == 0) return y;
 
-  const LookupKernel& kernel = kernels_for(isa_or_throw()).lookup;
+  const Isa isa = isa_or_throw();
+  const FloatKernel& floats = kernels_for(isa).floats;
+  const LookupKernel& exact = kernels_for(isa).lookup;
+  const LookupKernel* bytes = wants_bytes() ? byte_kernel_for(isa) : nullptr;
   std::vector<float> layer_bias(bias ? out_features : 0);
   if (bias) {
     require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_features &&
                 float_of(*bias, "bias") == layer.dtype,
             kOp, ": bias must be ", out_features, " numbers of the layer's dtype");
     const Tensor dense = torch::stable::contiguous(*bias);
-    kernel.widen(dense.const_data_ptr(), layer.dtype, out_features, layer_bias.data());
+    floats.widen(dense.const_data_ptr(), layer.dtype, out_features, layer_bias.data());
   }
   const int64_t width = layer.dtype == Float::kFloat32 ? 4 : 2;
   const uint8_t* in = static_cast<const uint8_t*>(x.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(y.mutable_data_ptr());
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
     const int64_t some = std::min(kMaxTokens, tokens - first);
-    const Prepared prepared = prepare(layer, kernel, in + first * in_features * width, some);
+    const Prepared prepared = prepare(layer, floats, in + first * in_features * width, some);
     float* sums = floats_or_throw(kept_output, some * layer.padded_rows);
     std::fill(sums, sums + some * layer.padded_rows, 0.0f);
     for (const LayerPart& part : layer.parts) {
-      multiply(part, kernel, {prepared.x + part.first_column, in_features, some}, sums, layer.padded_rows);
+      const bool rounded = bytes != nullptr && bytes->fits(part.lookup, some);
+      multiply(part, rounded ? *bytes : exact, {prepared.x + part.first_column, in_features, some}, sums, layer.padded_rows);
     }
     for (int64_t m = 0; m < some; ++m) {
       float* row = sums + m * layer.padded_rows;
@@ -156,7 +170,7 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
         for (int64_t o = 0; o < out_features; ++o) row[o] += prepared.shift[m];
       }
       for (size_t o = 0; o < layer_bias.size(); ++o) row[o] += layer_bias[o];
-      kernel.round(row, layer.dtype, out_features, out + (first + m) * out_features * width);
+      floats.round(row, layer.dtype, out_features, out + (first + m) * out_features * width);
     }
   }
   return y;

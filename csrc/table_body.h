@@ -252,7 +252,10 @@ struct Widened<4, kDtype> {
 template <Float kDtype>
 struct Widened<8, kDtype> {
   static VPTQ_INLINE Wide<8>::Floats load(const uint8_t* at) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+
+  static VPTQ_INLINE Wide<8>::Floats of(__m128i halves) {
     if (kDtype == Float::kFloat16) return (Wide<8>::Floats)_mm256_cvtph_ps(halves);
     return (Wide<8>::Floats)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(halves), upper_halves());
   }

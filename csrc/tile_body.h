@@ -196,6 +196,8 @@ VPTQ_INLINE int64_t tables_bytes(const LookupPart& part) {
          table_bytes(part.dtype, part.residual_centroids, part.vector_len);
 }
 
+inline bool lookup_fits(const LookupPart&, int64_t) { return true; }
+
 inline int64_t lookup_rows_per_tile(const LookupPart& part, int64_t tokens) {
   return tokens <= kFusedTokens ? kRows : tile_rows(part.vector_len);
 }
@@ -205,7 +207,7 @@ inline int64_t lookup_scratch_bytes(const LookupPart& part, int64_t tokens) {
   return kPreparedBytes + tables_bytes(part) + (tokens <= kFusedTokens ? fused : tile_scratch_bytes(part.vector_len));
 }
 
-inline void prepare_lookup(const LookupPart& part, void* scratch) {
+inline void prepare_lookup(const LookupPart& part, const LookupInput&, void* scratch) {
   uint8_t* memory = static_cast<uint8_t*>(scratch) + kPreparedBytes;
   PreparedPart& prepared = *static_cast<PreparedPart*>(scratch);
   prepared.main = make_table(part.codebook, part.dtype, part.centroids, part.vector_len, memory);

@@ -93,6 +93,13 @@ VPTQ_INLINE void unpack_window(const Unpacker& u, __m512i window, uint32_t* main
   }
 }
 
+// 64 bytes, and zeros in place of those from `end` on.
+VPTQ_INLINE __m512i window_at(const uint8_t* at, const uint8_t* end) {
+  const int64_t left = end - at;
+  const __mmask64 there = left >= 64 ? ~__mmask64{0} : left <= 0 ? 0 : (__mmask64{1} << left) - 1;
+  return _mm512_maskz_loadu_epi8(there, at);
+}
+
 template <bool kNarrow, bool kTwo>
 inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                            Offsets out) {
@@ -104,8 +111,7 @@ inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint
     unpack_window<kNarrow, kTwo>(u, _mm512_loadu_si512(at), out.main + j, out.residual + j);
   }
   for (; j < count; j += kStep, at += bytes) {  // not a byte beyond the row
-    const __mmask64 there = (__mmask64{1} << (end - at)) - 1;
-    unpack_window<kNarrow, kTwo>(u, _mm512_maskz_loadu_epi8(there, at), out.main + j, out.residual + j);
+    unpack_window<kNarrow, kTwo>(u, window_at(at, end), out.main + j, out.residual + j);
   }
 }
 

@@ -42,7 +42,7 @@ struct Book {
     for (size_t i = 0; i < values.size(); ++i) {
       const float value = static_cast<float>(below(256) - 128) / 64.0f;  // exact in all three dtypes
       values[i] = value;
-      kernels_for(Isa::kGeneric).lookup.round(&value, dtype, 1, stored.data + i * (dtype == Float::kFloat32 ? 4 : 2));
+      kernels_for(Isa::kGeneric).floats.round(&value, dtype, 1, stored.data + i * (dtype == Float::kFloat32 ? 4 : 2));
     }
   }
   Bytes stored;
@@ -58,7 +58,7 @@ void fail(const char* what) {
   std::exit(1);
 }
 
-void check(const LookupKernel& kernel) {
+void check(const LookupKernel& kernel, const LookupKernel* bytes) {
   const int64_t lengths[] = {1, 2, 3, 4, 6, 8, 10, 12, 16, 17, 40}, v = lengths[below(11)];
   const int64_t all_tokens[] = {1, 2, 3, 5, 9, 24, 25, 31}, tokens = all_tokens[below(8)];
   const Float dtype = static_cast<Float>(below(3));
@@ -94,11 +94,18 @@ void check(const LookupKernel& kernel) {
                         columns, stream.data, packed || !two ? nullptr : second.data, row_bytes,
                         packed ? main_bits : 0, packed ? residual_bits : 0};
   const Exact<uint8_t> scratch(kernel.scratch_bytes(part, tokens));
-  kernel.prepare(part, scratch.data);
+  kernel.prepare(part, {x.data, columns, tokens}, scratch.data);
   const int64_t tile = kernel.rows_per_tile(part, tokens), half = (rows / 2 + tile - 1) / tile * tile;
   const int64_t cut = half < rows ? half : rows;
   kernel.run(part, {x.data, columns, tokens}, y.data, rows * v, 0, cut, scratch.data);
   kernel.run(part, {x.data, columns, tokens}, y.data, rows * v, cut, rows, scratch.data);
+
+  if (bytes != nullptr && bytes->fits(part, tokens)) {  // what it computes is tested elsewhere
+    const Exact<float> other(rows * v);
+    const Exact<uint8_t> more(bytes->scratch_bytes(part, tokens));
+    bytes->prepare(part, {x.data, columns, tokens}, more.data);
+    bytes->run(part, {x.data, columns, tokens}, other.data, rows * v, 0, rows, more.data);
+  }
 
   for (int64_t m = 0; m < tokens; ++m) {
     for (int64_t out = 0; out < rows * v; ++out) {
@@ -121,7 +128,7 @@ int main(int count, char** arguments) {
   Isa isa;
   if (count != 2 || !choose_isa(&isa)) fail("usage: VPTQ_CPU_ISA=... lookup_grid CASES");
   const int cases = std::atoi(arguments[1]);
-  for (int i = 0; i < cases; ++i) check(kernels_for(isa).lookup);
+  for (int i = 0; i < cases; ++i) check(kernels_for(isa).lookup, byte_kernel_for(isa));
   std::printf("%d cases on %s\n", cases, isa_name(isa));
   return 0;
 }
