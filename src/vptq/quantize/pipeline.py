@@ -20,7 +20,7 @@ from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.job import Job
-from vptq.quantize.memory import peak_memory_bytes
+from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import tied_names, unquantized, write_output
 from vptq.quantize.report import ProgressCallback, Report
 from vptq.quantize.setup import prepare
@@ -84,6 +84,7 @@ def quantize(
         hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
         absorb_perm=absorb_perm,
     )  # fmt: skip
+    keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
     try:
         report = _run(job, progress or (lambda event: None), started)
