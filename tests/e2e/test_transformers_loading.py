@@ -73,7 +73,8 @@ def test_the_model_computes_what_its_dequantized_twin_computes(make_checkpoint, 
     with torch.no_grad():
         found = load(stored.folder)(IDS).logits
         expected = dense_twin(stored)(IDS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # The kernel adds in another order than a matrix multiplication; a wrong weight would show in the first digit.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
