@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <sstream>
@@ -47,6 +48,21 @@ inline AlignedFloats aligned_floats(int64_t count) {
   constexpr size_t kLine = 64;
   const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kLine - 1) / kLine * kLine;
   return AlignedFloats(static_cast<float*>(std::aligned_alloc(kLine, bytes)));
+}
+
+// Threads with memory of their own. A thread cannot throw: one that gets none says so, and the caller's throws.
+template <typename Allocate, typename Run>
+void parallel_with_scratch(const char* op, int64_t count, int64_t grain, const Allocate& allocate, const Run& run) {
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const auto scratch = allocate();
+    if (scratch == nullptr) {
+      out_of_memory = true;
+      return;
+    }
+    run(&*scratch, begin, end);
+  });
+  require(!out_of_memory, op, ": out of memory for a thread's scratch space");
 }
 
 }  // namespace vptq

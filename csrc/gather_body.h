@@ -48,16 +48,13 @@ inline void run_gathered(const LookupPart& part, float* y, int64_t begin, int64_
   ByteSums sums[2];
   std::memset(sums, 0, sizeof sums);
   for (int64_t first = 0; first < part.columns; first += kChunk) {
-    const int64_t count = part.columns - first < kChunk ? part.columns - first : kChunk;
+    const int64_t count = chunk_at(part, first);
     if (count < kChunk) {
       std::memset(scratch.main_offsets, 0, sizeof scratch.main_offsets);
       std::memset(scratch.residual_offsets, 0, sizeof scratch.residual_offsets);
     }
-    for (int64_t r = 0; r < kRows; ++r) {  // rows that are not there repeat the last one and are dropped
-      read_offsets(part, scratch.unpacker, {0, 0}, begin + (r < rows ? r : rows - 1), first, count,
-                   {scratch.main_offsets + r * kChunk, two ? scratch.residual_offsets + r * kChunk : nullptr});
-    }
-    if (first + kChunk < part.columns) prefetch_rows(part, begin, rows, first + kChunk);
+    read_block(part, scratch.unpacker, {0, 0}, begin, rows, first,
+               {scratch.main_offsets, two ? scratch.residual_offsets : nullptr});
     const int8_t *high = scratch.high + first, *low = scratch.low + first;
     multiply_gathered(scratch.main.entries, scratch.main_offsets, high, low, count, sums[0]);
     if (two) multiply_gathered(scratch.residual.entries, scratch.residual_offsets, high, low, count, sums[1]);

@@ -95,34 +95,18 @@ void multiply_groups(const uint8_t* entries, const uint32_t* offsets, const floa
   }
 }
 
-typedef void (*MultiplyGroups)(const uint8_t*, const uint32_t*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
-
-template <int W, Float kDtype>
-MultiplyGroups groups_for_tokens(int64_t tokens) {
-  return tokens > 4 ? multiply_groups<W, kDtype, 8> : multiply_groups<W, kDtype, 4>;
-}
-
-template <int W>
-MultiplyGroups groups_for_dtype(Float dtype, int64_t tokens) {
-  if (dtype == Float::kFloat32) return groups_for_tokens<W, Float::kFloat32>(tokens);
-  if (dtype == Float::kBFloat16) return groups_for_tokens<W, Float::kBFloat16>(tokens);
-  return groups_for_tokens<W, Float::kFloat16>(tokens);
-}
-
-inline MultiplyGroups groups_for(const Table& table, int64_t width, int64_t tokens) {
-  if (width == 4) return groups_for_dtype<4>(table.dtype, tokens);
-  if (width == 8) return groups_for_dtype<8>(table.dtype, tokens);
-  return groups_for_dtype<16>(table.dtype, tokens);
-}
-
 // All tokens, kGroupTokens at a time or fewer, with the same offsets.
 inline void multiply_tokens(const Table& table, int64_t skip, int64_t width, const uint32_t* offsets,
                             const LookupInput& input, int64_t first, int64_t count, float* sums) {
   const int64_t passes = (input.tokens + kGroupTokens - 1) / kGroupTokens, step = (input.tokens + passes - 1) / passes;
   for (int64_t m = 0; m < input.tokens; m += step) {
     const int64_t some = input.tokens - m < step ? input.tokens - m : step;
-    groups_for(table, width, some)(table.entries + skip, offsets, input.x + m * input.stride + first, input.stride, some,
-                                   count, sums + m * 16, input.tokens * 16);
+    with_entry(width, table.dtype, [&](auto entry) {
+      using E = decltype(entry);
+      const auto multiply = some > 4 ? multiply_groups<E::kWidth, E::kFloat, 8> : multiply_groups<E::kWidth, E::kFloat, 4>;
+      multiply(table.entries + skip, offsets, input.x + m * input.stride + first, input.stride, some, count,
+               sums + m * 16, input.tokens * 16);
+    });
   }
 }
 

@@ -139,7 +139,7 @@ void StoredLayer::add_groups(const StoredTensors& t, int64_t first_column) {
     }
     part.row_bytes = 2 * columns;
   }
-  const int64_t width = dtype == Float::kFloat32 ? 4 : 2;
+  const int64_t width = float_bytes(dtype);
   for (int64_t g = 0; g < groups; ++g) {
     parts.push_back({part, first_column + g * columns, rows});
     part.codebook = static_cast<const uint8_t*>(part.codebook) + entries * v * width;

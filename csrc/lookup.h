@@ -14,6 +14,8 @@ constexpr int64_t kMaxTokens = 512;
 
 enum class Float { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+constexpr int64_t float_bytes(Float dtype) { return dtype == Float::kFloat32 ? 4 : 2; }
+
 struct LookupPart {
   const void* codebook;           // [centroids, vector_len]
   const void* residual_codebook;  // the same, or null

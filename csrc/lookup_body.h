@@ -33,26 +33,6 @@ void multiply_entries(const uint8_t* entries, const uint32_t* offsets, const flo
   }
 }
 
-typedef void (*MultiplyEntries)(const uint8_t*, const uint32_t*, const float*, int64_t, int64_t, float*);
-
-template <int W, Float kDtype>
-MultiplyEntries multiply_for_tokens(int64_t tokens) {
-  return tokens == 1 ? multiply_entries<W, kDtype, 1> : multiply_entries<W, kDtype, 2>;
-}
-
-template <int W>
-MultiplyEntries multiply_for_dtype(Float dtype, int64_t tokens) {
-  if (dtype == Float::kFloat32) return multiply_for_tokens<W, Float::kFloat32>(tokens);
-  if (dtype == Float::kBFloat16) return multiply_for_tokens<W, Float::kBFloat16>(tokens);
-  return multiply_for_tokens<W, kWidensHalf ? Float::kFloat16 : Float::kFloat32>(tokens);
-}
-
-inline MultiplyEntries multiply_for(const Table& table, int64_t width, int64_t tokens) {
-  if (width == 4) return multiply_for_dtype<4>(table.dtype, tokens);
-  if (width == 8) return multiply_for_dtype<8>(table.dtype, tokens);
-  return multiply_for_dtype<16>(table.dtype, tokens);
-}
-
 // Adds what `count` columns from `first` contribute; `skip` bytes into each entry, for the pieces of long vectors.
 inline void multiply_chunk(const Table& table, int64_t skip, int64_t width, const uint32_t* offsets,
                            const LookupInput& input, int64_t first, int64_t count, float* sums) {
@@ -62,7 +42,11 @@ inline void multiply_chunk(const Table& table, int64_t skip, int64_t width, cons
     return;
   }
 #endif
-  multiply_for(table, width, input.tokens)(table.entries + skip, offsets, input.x + first, input.stride, count, sums);
+  with_entry(width, table.dtype, [&](auto entry) {
+    using E = decltype(entry);
+    const auto multiply = input.tokens == 1 ? multiply_entries<E::kWidth, E::kFloat, 1> : multiply_entries<E::kWidth, E::kFloat, 2>;
+    multiply(table.entries + skip, offsets, input.x + first, input.stride, count, sums);
+  });
 }
 
 // Where the sums of a row and token begin.
@@ -78,31 +62,18 @@ struct FusedScratch {
   float sums[kRows * kFusedTokens * 16];
 };
 
-// The stream of the next chunk comes from memory while this one is looked up.
-VPTQ_INLINE void prefetch_rows(const LookupPart& part, int64_t begin, int64_t rows, int64_t first) {
-  const int64_t bits = part.main_bits > 0 ? part.main_bits + part.residual_bits : 16;
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* row = part.indices + (begin + r) * part.row_bytes + first * bits / 8;
-    for (int64_t byte = 0; byte < kChunk * bits / 8; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-  }
-}
-
 // Sums of one block of rows for the `width` coordinates from `piece` of their vectors.
 inline void fused_block(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual,
                         const LookupInput& input, int64_t begin, int64_t rows, int64_t piece, int64_t width,
                         FusedScratch& scratch) {
   const bool two = part.residual_codebook != nullptr;
   const Shifts shifts{main.shift, residual.shift};
-  const int64_t main_skip = piece * (main.dtype == Float::kFloat32 ? 4 : 2);
-  const int64_t residual_skip = piece * (residual.dtype == Float::kFloat32 ? 4 : 2);
+  const int64_t main_skip = piece * float_bytes(main.dtype);
+  const int64_t residual_skip = piece * float_bytes(residual.dtype);
   std::memset(scratch.sums, 0, static_cast<size_t>(kRows * input.tokens * 16) * 4);
   for (int64_t first = 0; first < part.columns; first += kChunk) {
-    const int64_t count = part.columns - first < kChunk ? part.columns - first : kChunk;
-    for (int64_t r = 0; r < kRows; ++r) {  // rows that are not there repeat the last one and are dropped
-      read_offsets(part, unpacker, shifts, begin + (r < rows ? r : rows - 1), first, count,
-                   {scratch.main + r * kChunk, two ? scratch.residual + r * kChunk : nullptr});
-    }
-    if (first + kChunk < part.columns) prefetch_rows(part, begin, rows, first + kChunk);
+    const int64_t count = chunk_at(part, first);
+    read_block(part, unpacker, shifts, begin, rows, first, {scratch.main, two ? scratch.residual : nullptr});
     multiply_chunk(main, main_skip, width, scratch.main, input, first, count, scratch.sums);
     if (two) multiply_chunk(residual, residual_skip, width, scratch.residual, input, first, count, scratch.sums);
   }

@@ -1,7 +1,6 @@
 // vptq::assign_columns for the CPU.
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -81,16 +80,10 @@ void assign(const ColumnsProblem& problem) {
   const int64_t pairs = stages.residual == nullptr ? 0 : stages.beam * stages.residual_centroids;
   const int64_t work = problem.columns * stages.dim * (stages.main_centroids + pairs);
   const int64_t grain = 1 + (int64_t{1} << 20) / (work + 1);
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, problem.vectors(), grain, [&](int64_t begin, int64_t end) {
-    const AlignedFloats scratch = aligned_floats(kernels.columns.scratch_floats(problem, tail));
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
-    kernels.columns.run(problem, tail, prepared.get(), tail_prepared.get(), scratch.get(), begin, end);
+  const auto scratch_of_thread = [&] { return aligned_floats(kernels.columns.scratch_floats(problem, tail)); };
+  parallel_with_scratch(kOp, problem.vectors(), grain, scratch_of_thread, [&](float* scratch, int64_t begin, int64_t end) {
+    kernels.columns.run(problem, tail, prepared.get(), tail_prepared.get(), scratch, begin, end);
   });
-  require(!out_of_memory, kOp, ": out of memory for a thread's scratch space");
 }
 
 }  // namespace

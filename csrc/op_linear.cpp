@@ -33,7 +33,7 @@ bool wants_bytes() {
 // Memory a thread keeps from call to call: an allocation of this size would be mapped, and its pages cleared, every time.
 class Kept {
  public:
-  void* at_least(int64_t bytes) {
+  float* at_least(int64_t bytes) {
     if (bytes > bytes_) {
       memory_.reset();
       memory_ = aligned_floats((bytes + 3) / 4);
@@ -50,9 +50,9 @@ class Kept {
 thread_local Kept kept_input, kept_output, kept_scratch;
 
 float* floats_or_throw(Kept& kept, int64_t count) {
-  void* memory = kept.at_least(4 * count);
+  float* memory = kept.at_least(4 * count);
   require(memory != nullptr, kOp, ": out of memory for ", count, " floats");
-  return static_cast<float*>(memory);
+  return memory;
 }
 
 // Several sums side by side, or each addition would wait for the one before it.
@@ -75,7 +75,7 @@ struct Prepared {
 };
 
 Prepared prepare(const StoredLayer& layer, const FloatKernel& kernel, const uint8_t* x, int64_t tokens) {
-  const int64_t n = layer.in_features, bytes = n * (layer.dtype == Float::kFloat32 ? 4 : 2);
+  const int64_t n = layer.in_features, bytes = n * float_bytes(layer.dtype);
   float* memory = floats_or_throw(kept_input, (tokens + 3) * n);
   float* rows = memory + 3 * n;
   float *scale = memory, *bias = memory + n, *ordered = memory + 2 * n;
@@ -105,19 +105,13 @@ void multiply(const LayerPart& part, const LookupKernel& kernel, const LookupInp
   const int64_t lookups = part.rows * part.lookup.columns;
   const int64_t threads = std::min({int64_t{torch::stable::get_num_threads()}, tiles, 1 + lookups / kLookupsPerThread});
   std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    void* scratch = kept_scratch.at_least(kernel.scratch_bytes(part.lookup, input.tokens));
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
+  const auto scratch_of_thread = [&] { return kept_scratch.at_least(kernel.scratch_bytes(part.lookup, input.tokens)); };
+  parallel_with_scratch(kOp, threads, 1, scratch_of_thread, [&](float* scratch, int64_t, int64_t) {
     kernel.prepare(part.lookup, input, scratch);
     for (int64_t t = next++; t < tiles; t = next++) {
       kernel.run(part.lookup, input, y, y_stride, t * tile, std::min((t + 1) * tile, part.rows), scratch);
     }
   });
-  require(!out_of_memory, kOp, ": out of memory for a thread's scratch space");
 }
 
 }  // namespace
@@ -152,7 +146,7 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
     const Tensor dense = torch::stable::contiguous(*bias);
     floats.widen(dense.const_data_ptr(), layer.dtype, out_features, layer_bias.data());
   }
-  const int64_t width = layer.dtype == Float::kFloat32 ? 4 : 2;
+  const int64_t width = float_bytes(layer.dtype);
   const uint8_t* in = static_cast<const uint8_t*>(x.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(y.mutable_data_ptr());
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {

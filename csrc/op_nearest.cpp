@@ -1,7 +1,6 @@
 // vptq::nearest for the CPU.
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <cstdint>
 
 #include "checks.h"
@@ -43,16 +42,10 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& vectors_in, const Tensor& codeb
 
   // A thread is worth waking for about a million multiply-adds.
   const int64_t grain = 1 + (int64_t{1} << 20) / (centroids * dim + 1);
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const auto scratch = aligned_floats(kernel.scratch_floats(problem));
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
-    kernel.run(problem, prepared.get(), scratch.get(), begin, end);
+  const auto scratch_of_thread = [&] { return aligned_floats(kernel.scratch_floats(problem)); };
+  parallel_with_scratch("nearest", count, grain, scratch_of_thread, [&](float* scratch, int64_t begin, int64_t end) {
+    kernel.run(problem, prepared.get(), scratch, begin, end);
   });
-  require(!out_of_memory, "nearest: out of memory for a thread's scratch space");
   return {indices, distances};
 }
 

@@ -286,6 +286,27 @@ VPTQ_INLINE typename Wide<W>::Floats load_entry(const uint8_t* at) {
   return Widened<W, kDtype>::load(at);
 }
 
+template <int W, Float kDtype>
+struct Entry {
+  static constexpr int kWidth = W;
+  static constexpr Float kFloat = kDtype;
+};
+
+template <int W, typename Use>
+inline auto with_entry_of(Float dtype, const Use& use) {
+  if (dtype == Float::kFloat32) return use(Entry<W, Float::kFloat32>());
+  if (dtype == Float::kBFloat16) return use(Entry<W, Float::kBFloat16>());
+  return use(Entry<W, kWidensHalf ? Float::kFloat16 : Float::kFloat32>());
+}
+
+// From what a table says of its entries to what a loop must know of them when it is compiled.
+template <typename Use>
+inline auto with_entry(int64_t width, Float dtype, const Use& use) {
+  if (width == 4) return with_entry_of<4>(dtype, use);
+  if (width == 8) return with_entry_of<8>(dtype, use);
+  return with_entry_of<16>(dtype, use);
+}
+
 }  // namespace
 }  // namespace VPTQ_ISA
 }  // namespace vptq

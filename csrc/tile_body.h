@@ -26,13 +26,12 @@ VPTQ_INLINE int64_t tile_stride(int64_t vector_len) {
 template <int W, Float kDtype, bool kAdd>
 void decode_entries(const uint8_t* entries, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
                     int64_t pieces, int64_t stride, float* tile) {
-  constexpr int kBytes = kDtype == Float::kFloat32 ? 4 : 2;
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* entry = entries + offsets[r * kTileColumns + j];
       float* out = tile + j * stride + r * vector_len;
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        typename Wide<W>::Floats floats = load_entry<W, kDtype>(entry + piece * W * kBytes);
+        typename Wide<W>::Floats floats = load_entry<W, kDtype>(entry + piece * W * float_bytes(kDtype));
         if (kAdd) floats += load_floats<W>(out + piece * W);
         store_floats<W>(floats, out + piece * W);
       }
@@ -57,44 +56,25 @@ void decode_groups(const uint8_t* entries, const uint32_t* offsets, int64_t coun
   }
 }
 
-template <Float kDtype, bool kAdd>
-bool decode_whole(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
-                  int64_t stride, float* tile) {
-  if (rows * vector_len != kTileLanes) return false;
-  if (vector_len == 4) return decode_groups<4, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
-  if (vector_len == 8) return decode_groups<8, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
-  if (vector_len == 16) return decode_groups<16, kDtype, kAdd>(table.entries, offsets, count, stride, tile), true;
-  return false;
-}
-
 #endif
-
-template <int W, bool kAdd>
-void decode_dtype(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
-                  int64_t pieces, int64_t stride, float* tile) {
-  if (table.dtype == Float::kFloat32) {
-    decode_entries<W, Float::kFloat32, kAdd>(table.entries, offsets, rows, count, vector_len, pieces, stride, tile);
-  } else if (table.dtype == Float::kBFloat16) {
-    decode_entries<W, Float::kBFloat16, kAdd>(table.entries, offsets, rows, count, vector_len, pieces, stride, tile);
-  } else {
-    decode_entries<W, kWidensHalf ? Float::kFloat16 : Float::kFloat32, kAdd>(table.entries, offsets, rows, count,
-                                                                            vector_len, pieces, stride, tile);
-  }
-}
 
 template <bool kAdd>
 void decode(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
             int64_t stride, float* tile) {
+  const int64_t lanes = whole_vectors(vector_len), pieces = lanes < 16 ? 1 : lanes / 16;
 #if VPTQ_LANES == 16
-  const auto whole = table.dtype == Float::kFloat32    ? decode_whole<Float::kFloat32, kAdd>
-                     : table.dtype == Float::kBFloat16 ? decode_whole<Float::kBFloat16, kAdd>
-                                                       : decode_whole<Float::kFloat16, kAdd>;
-  if (whole(table, offsets, rows, count, vector_len, stride, tile)) return;
+  if (rows * vector_len == kTileLanes && lanes == vector_len && lanes <= 16) {
+    with_entry(lanes, table.dtype, [&](auto entry) {
+      using E = decltype(entry);
+      decode_groups<E::kWidth, E::kFloat, kAdd>(table.entries, offsets, count, stride, tile);
+    });
+    return;
+  }
 #endif
-  const int64_t lanes = whole_vectors(vector_len);
-  if (lanes == 4) return decode_dtype<4, kAdd>(table, offsets, rows, count, vector_len, 1, stride, tile);
-  if (lanes == 8) return decode_dtype<8, kAdd>(table, offsets, rows, count, vector_len, 1, stride, tile);
-  decode_dtype<16, kAdd>(table, offsets, rows, count, vector_len, lanes / 16, stride, tile);
+  with_entry(lanes, table.dtype, [&](auto entry) {
+    using E = decltype(entry);
+    decode_entries<E::kWidth, E::kFloat, kAdd>(table.entries, offsets, rows, count, vector_len, pieces, stride, tile);
+  });
 }
 
 // sums [M, stride] += x [M, count] tile [count, stride], for one panel of outputs.

@@ -164,6 +164,31 @@ inline void read_offsets(const LookupPart& part, const Unpacker& unpacker, Shift
             out.residual);
 }
 
+// Columns from `first` in a chunk.
+VPTQ_INLINE int64_t chunk_at(const LookupPart& part, int64_t first) {
+  return part.columns - first < kChunk ? part.columns - first : kChunk;
+}
+
+// The stream of a chunk comes from memory while the one before it is looked up.
+VPTQ_INLINE void prefetch_block(const LookupPart& part, int64_t begin, int64_t rows, int64_t first) {
+  const int64_t bits = part.main_bits > 0 ? part.main_bits + part.residual_bits : 16;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* row = part.indices + (begin + r) * part.row_bytes + first * bits / 8;
+    for (int64_t byte = 0; byte < kChunk * bits / 8; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+// Offsets [kRows, kChunk] of one chunk of a block of rows. Rows that are not there repeat the last one, and are dropped.
+inline void read_block(const LookupPart& part, const Unpacker& unpacker, Shifts shifts, int64_t begin, int64_t rows,
+                       int64_t first, Offsets out) {
+  const int64_t count = chunk_at(part, first);
+  for (int64_t r = 0; r < kRows; ++r) {
+    read_offsets(part, unpacker, shifts, begin + (r < rows ? r : rows - 1), first, count,
+                 {out.main + r * kChunk, out.residual == nullptr ? nullptr : out.residual + r * kChunk});
+  }
+  if (first + kChunk < part.columns) prefetch_block(part, begin, rows, first + kChunk);
+}
+
 }  // namespace
 }  // namespace VPTQ_ISA
 }  // namespace vptq

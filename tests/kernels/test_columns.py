@@ -10,6 +10,7 @@ import torch
 from column_problems import IMPLEMENTATIONS, Assign, Problem, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_counts import with_each_thread_count
 from torch import Tensor
 
 from vptq import ops
@@ -134,15 +135,8 @@ def test_equal_centroids_do_not_replace_each_other(assign: Assign) -> None:
 @pytest.mark.parametrize("sizes", [(64,), (32, 16), (300, 300)])
 def test_threads_change_nothing(assign: Assign, sizes: tuple[int, ...]) -> None:
     problem = make(9, 1030, 4, sizes, coupled=True, held=False, seed=4)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(problem.run(assign, beam=4))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True) if a is not None)
+    one, *more = with_each_thread_count(lambda: problem.run(assign, beam=4))
+    assert all(torch.equal(a, b) for other in more for a, b in zip(other, one, strict=True) if a is not None)
 
 
 def test_a_memory_budget_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

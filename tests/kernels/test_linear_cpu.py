@@ -10,6 +10,7 @@ import pytest
 import torch
 from column_problems import IMPLEMENTATIONS
 from random_layers import random_weight
+from thread_counts import with_each_thread_count
 from torch import Tensor
 from torch.nn import functional
 
@@ -138,15 +139,8 @@ def test_rounding_is_to_nearest_even(isa: str) -> None:
 def test_threads_change_nothing(tokens: int) -> None:
     layer = layer_of(RICH, torch.bfloat16)
     x = torch.randn(tokens, RICH.in_features).bfloat16()
-    before, outputs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outputs.append(layer(x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
+    one, *more = with_each_thread_count(lambda: layer(x))
+    assert all(torch.equal(one, other) for other in more)
 
 
 def test_indices_out_of_range_read_nothing_outside() -> None:

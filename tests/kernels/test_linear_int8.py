@@ -13,6 +13,7 @@ from column_problems import HAS_KERNEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_layers import FLOATS, layer_configs, random_weight
+from thread_counts import with_each_thread_count
 from torch import Tensor
 
 from vptq import reference
@@ -140,12 +141,6 @@ def test_a_word_that_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_change_nothing() -> None:
     config = dataclasses.replace(LayerConfig(300, 200, 8, 256), num_residual_centroids=256)
     layer = VQuantLinear.from_weight(random_weight(config, torch.float32), torch.float32)
-    x, before, outputs = torch.randn(1, 300), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outputs.append(layer(x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
+    x = torch.randn(1, 300)
+    one, *more = with_each_thread_count(lambda: layer(x))
+    assert all(torch.equal(one, other) for other in more)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_counts import with_each_thread_count
 from torch import Tensor
 
 from vptq import ops
@@ -106,16 +107,10 @@ def test_equal_centroids_come_in_rising_index_order(beam: int) -> None:
 
 def test_result_depends_neither_on_threads_nor_on_neighbours() -> None:
     vectors, codebook = random(1000, 6), random(512, 6, seed=1)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        indices, distances = ops.nearest(vectors, codebook, 4)
-        torch.set_num_threads(3)
-        threaded_indices, threaded_distances = ops.nearest(vectors, codebook, 4)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(threaded_indices, indices)
-    assert torch.equal(threaded_distances, distances)
+    (indices, distances), *more = with_each_thread_count(lambda: ops.nearest(vectors, codebook, 4))
+    for threaded_indices, threaded_distances in more:
+        assert torch.equal(threaded_indices, indices)
+        assert torch.equal(threaded_distances, distances)
     alone = torch.cat([ops.nearest(vector[None], codebook, 4)[0] for vector in vectors[:50]])
     assert torch.equal(alone, indices[:50])
 

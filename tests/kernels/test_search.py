@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from vptq import ops
@@ -92,13 +93,9 @@ def test_nan_compares_as_farthest(nearest: Search, beam: int) -> None:
 def test_threads_and_chunks_do_not_change_a_bit(nearest: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, codebook = random(1000, 8), random(512, 8, seed=1).repeat(2, 1)
     first = nearest(vectors, codebook, 2)
-    threads = torch.get_num_threads()
     monkeypatch.setitem(search._SCORES_PER_CHUNK, "cpu", 7000)
-    try:
-        torch.set_num_threads(threads + 1)
+    with threads(torch.get_num_threads() + 1):
         second = nearest(vectors, codebook, 2)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 

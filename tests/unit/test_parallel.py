@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from thread_counts import threads
 
 from vptq.quantize.parallel import SMALL_LAYER, map_layers
 
@@ -14,10 +15,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with threads(2):
+        yield
 
 
 def test_small_layers_meet_in_the_middle_of_their_work(two_threads):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +107,8 @@ class Activations:
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(notice(name)) for name, linear in linears.items()]
-        try:
-            call = self._calls[len(self.batches[0])][index]
-            with torch.no_grad():
-                self._skeleton.blocks[index](self.batches[0].to(self._skeleton.device), *call.args, **call.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _hooks(linear.register_forward_pre_hook(notice(name)) for name, linear in linears.items()):
+            self._run(self._skeleton.blocks[index], index, self.batches[0])
         grouped = [tuple(dict.fromkeys(names)) for names in seen.values()]
         missed = [(name,) for name in linears if not any(name in group for group in grouped)]
         return [InputGroup(names, linears[names[0]].in_features) for names in grouped + missed]
@@ -154,7 +148,7 @@ class Activations:
             seen = args[0]
             raise Stop
 
-        with _hooks(iter([block.get_submodule(name).register_forward_pre_hook(hook)])):
+        with _hooks([block.get_submodule(name).register_forward_pre_hook(hook)]):
             for batch in self.batches:
                 seen = None
                 self._run(block, index, batch)
@@ -178,7 +172,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @contextmanager
-def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+def _hooks(handles: Iterable[Any]) -> Iterator[None]:
     registered = list(handles)
     try:
         yield
