@@ -30,7 +30,7 @@ void decode_entries(const uint8_t* entries, const uint32_t* offsets, int64_t row
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* entry = entries + offsets[r * kTileColumns + j];
       float* out = tile + j * stride + r * vector_len;
-      for (int64_t piece = 0; piece < pieces; ++piece) {
+      for (int64_t piece = 0; piece < (W < 16 ? 1 : pieces); ++piece) {
         typename Wide<W>::Floats floats = load_entry<W, kDtype>(entry + piece * W * float_bytes(kDtype));
         if (kAdd) floats += load_floats<W>(out + piece * W);
         store_floats<W>(floats, out + piece * W);
