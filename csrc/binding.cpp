@@ -26,7 +26,7 @@ PyObject* isa(PyObject*, PyObject*) {
 }
 
 PyMethodDef kMethods[] = {
-    {"isa", isa, METH_NOARGS, "Instruction set the CPU kernels use: 'avx512', 'avx2' or 'generic'."},
+    {"isa", isa, METH_NOARGS, "Instruction set the CPU kernels use: 'amx', 'avx512', 'avx2' or 'generic'."},
     {nullptr, nullptr, 0, nullptr},
 };
 

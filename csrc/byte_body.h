@@ -20,15 +20,18 @@ struct ByteTable {
   float scale[kByteLanes];
 };
 
+struct ByteInput {
+  float scale;
+  int64_t sum;  // of the rounded values
+  int8_t high[kByteColumns + kByteTail];
+  int8_t low[kByteColumns + kByteTail];
+};
+
 struct ByteScratch {
   ByteTable main, residual;
   Unpacker unpacker;
   uint32_t main_offsets[kRows * kChunk];
   uint32_t residual_offsets[kRows * kChunk];
-  float input_scale;
-  int64_t input_sum;  // of the rounded values
-  int8_t high[kByteColumns + kByteTail];
-  int8_t low[kByteColumns + kByteTail];
 };
 
 inline bool bytes_fit(const LookupPart& part, int64_t tokens) {
@@ -72,44 +75,51 @@ inline void make_byte_table(const void* codebook, Float dtype, int64_t entries, 
   }
 }
 
-inline void make_byte_input(const float* x, int64_t count, ByteScratch& scratch) {
+VPTQ_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+
+inline int64_t byte_input_bytes(const LookupPart&, int64_t) { return sizeof(ByteInput); }
+
+inline void prepare_byte_input(const LookupPart& part, const LookupInput& input, void* memory) {
+  const float* x = input.x;
+  const int64_t count = part.columns;
+  ByteInput& bytes = *static_cast<ByteInput*>(memory);
   __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();  // zero, or NaN where the input is not finite
   for (int64_t j = 0; j < count; j += 16) {
-    const __mmask16 there = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1u << (count - j)) - 1);
-    const __m512 some = _mm512_maskz_loadu_ps(there, x + j);
+    const __m512 some = _mm512_maskz_loadu_ps(first_lanes(count - j), x + j);
     largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
     poison = _mm512_add_ps(poison, _mm512_sub_ps(some, some));
   }
   const float size = _mm512_reduce_max_ps(largest);
-  scratch.input_scale = size / 32639.0f + _mm512_reduce_add_ps(poison);  // 127 x 256 + 127
+  bytes.scale = size / 32639.0f + _mm512_reduce_add_ps(poison);  // 127 x 256 + 127
   const __m512 inverse = _mm512_set1_ps(size > 0.0f ? 32639.0f / size : 0.0f);
   __m512i sum = _mm512_setzero_si512();
   for (int64_t j = 0; j < count + kByteTail; j += 16) {
-    const int64_t left = count - j;
-    const __mmask16 there = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
-    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + j), inverse));
+    const __m512 some = _mm512_maskz_loadu_ps(first_lanes(count - j), x + j);
+    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(some, inverse));
     const __m128i low = _mm512_cvtepi32_epi8(value);
     const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(value, _mm512_cvtepi8_epi32(low)), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(scratch.low + j), low);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(scratch.high + j), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes.low + j), low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes.high + j), _mm512_cvtepi32_epi8(high));
     sum = _mm512_add_epi32(sum, value);
   }
   alignas(64) int32_t sums[16];
   _mm512_store_si512(sums, sum);
-  scratch.input_sum = 0;
-  for (int i = 0; i < 16; ++i) scratch.input_sum += sums[i];
+  bytes.sum = 0;
+  for (int i = 0; i < 16; ++i) bytes.sum += sums[i];
 }
 
-VPTQ_INLINE float from_products(const ByteTable& table, const ByteScratch& scratch, int64_t coordinate, int64_t high,
+VPTQ_INLINE float from_products(const ByteTable& table, const ByteInput& input, int64_t coordinate, int64_t high,
                                 int64_t low) {
-  return static_cast<float>(256 * high + low - 128 * scratch.input_sum) * table.scale[coordinate] * scratch.input_scale;
+  return static_cast<float>(256 * high + low - 128 * input.sum) * table.scale[coordinate] * input.scale;
 }
 
 inline int64_t bytes_rows_per_tile(const LookupPart&, int64_t) { return kRows; }
 
-inline int64_t bytes_scratch(const LookupPart&, int64_t) { return sizeof(ByteScratch); }
+inline int64_t byte_scratch_bytes(const LookupPart&, int64_t) { return sizeof(ByteScratch); }
 
-inline void prepare_bytes(const LookupPart& part, const LookupInput& input, void* memory) {
+inline void prepare_bytes(const LookupPart& part, void* memory) {
   ByteScratch& scratch = *static_cast<ByteScratch*>(memory);
   const bool shuffled = shuffles(part);
   make_byte_table(part.codebook, part.dtype, part.centroids, part.vector_len, shuffled, scratch.main);
@@ -118,7 +128,6 @@ inline void prepare_bytes(const LookupPart& part, const LookupInput& input, void
                     scratch.residual);
   }
   scratch.unpacker = make_unpacker(part, {0, 0});
-  make_byte_input(input.x, part.columns, scratch);
 }
 
 }  // namespace

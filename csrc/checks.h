@@ -26,7 +26,7 @@ inline Isa isa_or_throw() {
   Isa isa;
   const char* forced = std::getenv("VPTQ_CPU_ISA");
   require(choose_isa(&isa), "VPTQ_CPU_ISA is '", forced ? forced : "",
-          "'; allowed are generic and, where the CPU has them, avx2 and avx512");
+          "'; allowed are generic and, where the CPU has them, avx2, avx512 and amx");
   return isa;
 }
 

@@ -43,7 +43,7 @@ inline void multiply_gathered(const uint8_t* entries, const uint32_t* offsets, c
 }
 
 // Columns in whole eights: what a row's offsets lack at their end stands for entry 0, and meets zeros of the input.
-inline void run_gathered(const LookupPart& part, float* y, int64_t begin, int64_t rows, ByteScratch& scratch) {
+inline void run_gathered(const LookupPart& part, const ByteInput& input, float* y, int64_t begin, int64_t rows, ByteScratch& scratch) {
   const bool two = part.residual_codebook != nullptr;
   ByteSums sums[2];
   std::memset(sums, 0, sizeof sums);
@@ -55,7 +55,7 @@ inline void run_gathered(const LookupPart& part, float* y, int64_t begin, int64_
     }
     read_block(part, scratch.unpacker, {0, 0}, begin, rows, first,
                {scratch.main_offsets, two ? scratch.residual_offsets : nullptr});
-    const int8_t *high = scratch.high + first, *low = scratch.low + first;
+    const int8_t *high = input.high + first, *low = input.low + first;
     multiply_gathered(scratch.main.entries, scratch.main_offsets, high, low, count, sums[0]);
     if (two) multiply_gathered(scratch.residual.entries, scratch.residual_offsets, high, low, count, sums[1]);
   }
@@ -64,7 +64,7 @@ inline void run_gathered(const LookupPart& part, float* y, int64_t begin, int64_
       const int64_t at = r * 16 + 2 * e;
       float& out = y[(begin + r) * part.vector_len + e];
       for (int b = 0; b < 1 + two; ++b) {
-        out += from_products(b == 0 ? scratch.main : scratch.residual, scratch, e,
+        out += from_products(b == 0 ? scratch.main : scratch.residual, input, e,
                              int64_t{sums[b].high[at]} + sums[b].high[at + 1],
                              int64_t{sums[b].low[at]} + sums[b].low[at + 1]);
       }

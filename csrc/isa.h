@@ -3,7 +3,8 @@
 
 namespace vptq {
 
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// Each has what those before it have. AMX is AVX-512 with tiles of bfloat16.
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 const char* isa_name(Isa isa);
 

@@ -22,4 +22,7 @@ const Kernels& kernels_for(Isa isa);
 // One token with codebooks rounded to bytes; null where the machine lacks the instructions, or `isa` forbids them.
 const LookupKernel* byte_kernel_for(Isa isa);
 
+// Several tokens in tiles of bfloat16; null likewise.
+const LookupKernel* amx_kernel_for(Isa isa);
+
 }  // namespace vptq

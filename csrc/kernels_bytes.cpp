@@ -15,8 +15,6 @@
 #include "lanes.h"
 #include "table_body.h"
 #include "unpack_body.h"
-#include "group_body.h"
-#include "lookup_body.h"
 #include "byte_body.h"
 #include "gather_body.h"
 #include "shuffle_body.h"
@@ -25,7 +23,8 @@ namespace vptq {
 namespace bytes {
 
 extern const LookupKernel kLookup;
-const LookupKernel kLookup = {bytes_fit, bytes_rows_per_tile, bytes_scratch, prepare_bytes, run_bytes};
+const LookupKernel kLookup = {bytes_fit, bytes_rows_per_tile, byte_input_bytes, prepare_byte_input, byte_scratch_bytes, prepare_bytes,
+                              run_bytes};
 
 }  // namespace bytes
 }  // namespace vptq

@@ -32,16 +32,20 @@ struct LookupPart {
 struct LookupInput {
   const float* x;  // [tokens, stride], of which the part's columns are read
   int64_t stride;
-  int64_t tokens;  // 1 to kMaxTokens
+  int64_t tokens;        // 1 to kMaxTokens
+  const void* prepared;  // what prepare_input wrote
 };
 
-// One per instruction set. Scratch is in bytes, aligned to 64, one a thread, prepared once for many runs; `y` is [tokens, y_stride]
-// and holds whole vectors. `rows_per_tile`: ranges should begin at multiples of it.
+// A way to multiply. Memory is in bytes and aligned to 64: the prepared input is shared by all threads, scratch is one a thread
+// and prepared once for many runs; `y` is [tokens, y_stride] and holds whole vectors. `rows_per_tile`: ranges should begin at
+// multiples of it.
 struct LookupKernel {
   bool (*fits)(const LookupPart&, int64_t tokens);
   int64_t (*rows_per_tile)(const LookupPart&, int64_t tokens);
+  int64_t (*input_bytes)(const LookupPart&, int64_t tokens);
+  void (*prepare_input)(const LookupPart&, const LookupInput&, void* memory);
   int64_t (*scratch_bytes)(const LookupPart&, int64_t tokens);
-  void (*prepare)(const LookupPart&, const LookupInput&, void* scratch);
+  void (*prepare)(const LookupPart&, void* scratch);
   void (*run)(const LookupPart&, const LookupInput&, float* y, int64_t y_stride, int64_t begin, int64_t end,
               void* scratch);
 };

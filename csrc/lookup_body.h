@@ -63,30 +63,29 @@ struct FusedScratch {
 };
 
 // Sums of one block of rows for the `width` coordinates from `piece` of their vectors.
-inline void fused_block(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual,
-                        const LookupInput& input, int64_t begin, int64_t rows, int64_t piece, int64_t width,
-                        FusedScratch& scratch) {
+inline void fused_block(const LookupPart& part, const PreparedPart& prepared, const LookupInput& input, int64_t begin,
+                        int64_t rows, int64_t piece, int64_t width, FusedScratch& scratch) {
   const bool two = part.residual_codebook != nullptr;
-  const Shifts shifts{main.shift, residual.shift};
+  const Table &main = prepared.main, &residual = prepared.residual;
   const int64_t main_skip = piece * float_bytes(main.dtype);
   const int64_t residual_skip = piece * float_bytes(residual.dtype);
   std::memset(scratch.sums, 0, static_cast<size_t>(kRows * input.tokens * 16) * 4);
   for (int64_t first = 0; first < part.columns; first += kChunk) {
     const int64_t count = chunk_at(part, first);
-    read_block(part, unpacker, shifts, begin, rows, first, {scratch.main, two ? scratch.residual : nullptr});
+    read_block(part, prepared.unpacker, prepared.shifts(), begin, rows, first,
+               {scratch.main, two ? scratch.residual : nullptr});
     multiply_chunk(main, main_skip, width, scratch.main, input, first, count, scratch.sums);
     if (two) multiply_chunk(residual, residual_skip, width, scratch.residual, input, first, count, scratch.sums);
   }
 }
 
-inline void run_fused(const LookupPart& part, const Unpacker& unpacker, const Table& main, const Table& residual,
-                      const LookupInput& input, float* y, int64_t y_stride, int64_t begin, int64_t end,
-                      FusedScratch& scratch) {
+inline void run_fused(const LookupPart& part, const PreparedPart& prepared, const LookupInput& input, float* y,
+                      int64_t y_stride, int64_t begin, int64_t end, FusedScratch& scratch) {
   const int64_t lanes = whole_vectors(part.vector_len), width = lanes < 16 ? lanes : 16;
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = end - row < kRows ? end - row : kRows;
     for (int64_t piece = 0; piece < part.vector_len; piece += width) {
-      fused_block(part, unpacker, main, residual, input, row, rows, piece, width, scratch);
+      fused_block(part, prepared, input, row, rows, piece, width, scratch);
       const int64_t used = part.vector_len - piece < width ? part.vector_len - piece : width;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t m = 0; m < input.tokens; ++m) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "checks.h"
@@ -47,11 +48,11 @@ class Kept {
   int64_t bytes_ = 0;
 };
 
-thread_local Kept kept_input, kept_output, kept_scratch;
+thread_local Kept kept_input, kept_output, kept_prepared, kept_scratch;
 
 float* floats_or_throw(Kept& kept, int64_t count) {
   float* memory = kept.at_least(4 * count);
-  require(memory != nullptr, kOp, ": out of memory for ", count, " floats");
+  require(memory != nullptr || count == 0, kOp, ": out of memory for ", count, " floats");
   return memory;
 }
 
@@ -100,14 +101,17 @@ Prepared prepare(const StoredLayer& layer, const FloatKernel& kernel, const uint
 }
 
 // y += the part's share. Threads take tiles as they get to them: the machine's other work slows one more than another.
-void multiply(const LayerPart& part, const LookupKernel& kernel, const LookupInput& input, float* y, int64_t y_stride) {
+void multiply(const LayerPart& part, const LookupKernel& kernel, LookupInput input, float* y, int64_t y_stride) {
+  float* prepared = floats_or_throw(kept_prepared, (kernel.input_bytes(part.lookup, input.tokens) + 3) / 4);
+  kernel.prepare_input(part.lookup, input, prepared);
+  input.prepared = prepared;
   const int64_t tile = kernel.rows_per_tile(part.lookup, input.tokens), tiles = (part.rows + tile - 1) / tile;
   const int64_t lookups = part.rows * part.lookup.columns;
   const int64_t threads = std::min({int64_t{torch::stable::get_num_threads()}, tiles, 1 + lookups / kLookupsPerThread});
   std::atomic<int64_t> next{0};
   const auto scratch_of_thread = [&] { return kept_scratch.at_least(kernel.scratch_bytes(part.lookup, input.tokens)); };
   parallel_with_scratch(kOp, threads, 1, scratch_of_thread, [&](float* scratch, int64_t, int64_t) {
-    kernel.prepare(part.lookup, input, scratch);
+    kernel.prepare(part.lookup, scratch);
     for (int64_t t = next++; t < tiles; t = next++) {
       kernel.run(part.lookup, input, y, y_stride, t * tile, std::min((t + 1) * tile, part.rows), scratch);
     }
@@ -136,8 +140,8 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
 
   const Isa isa = isa_or_throw();
   const FloatKernel& floats = kernels_for(isa).floats;
-  const LookupKernel& exact = kernels_for(isa).lookup;
-  const LookupKernel* bytes = wants_bytes() ? byte_kernel_for(isa) : nullptr;
+  const LookupKernel* by_preference[] = {wants_bytes() ? byte_kernel_for(isa) : nullptr, amx_kernel_for(isa),
+                                         &kernels_for(isa).lookup};  // the last one fits everything
   std::vector<float> layer_bias(bias ? out_features : 0);
   if (bias) {
     require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_features &&
@@ -155,8 +159,9 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
     float* sums = floats_or_throw(kept_output, some * layer.padded_rows);
     std::fill(sums, sums + some * layer.padded_rows, 0.0f);
     for (const LayerPart& part : layer.parts) {
-      const bool rounded = bytes != nullptr && bytes->fits(part.lookup, some);
-      multiply(part, rounded ? *bytes : exact, {prepared.x + part.first_column, in_features, some}, sums, layer.padded_rows);
+      const auto fits = [&](const LookupKernel* kernel) { return kernel != nullptr && kernel->fits(part.lookup, some); };
+      const LookupKernel& kernel = **std::find_if(std::begin(by_preference), std::end(by_preference), fits);
+      multiply(part, kernel, {prepared.x + part.first_column, in_features, some, nullptr}, sums, layer.padded_rows);
     }
     for (int64_t m = 0; m < some; ++m) {
       float* row = sums + m * layer.padded_rows;

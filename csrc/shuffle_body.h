@@ -66,7 +66,8 @@ VPTQ_INLINE int64_t total(__m512i sums) {
 
 // One codebook of one row; a second one in a pass of its own, or the sums would not fit the registers.
 template <int V>
-void shuffled_row(const LookupPart& part, int64_t row, bool residual, float* y, ByteScratch& scratch) {
+void shuffled_row(const LookupPart& part, const ByteInput& input, int64_t row, bool residual, float* y,
+                  ByteScratch& scratch) {
   const ByteTable& table = residual ? scratch.residual : scratch.main;
   __m512i sum_high[V], sum_low[V];
   for (int e = 0; e < V; ++e) sum_high[e] = sum_low[e] = _mm512_setzero_si512();
@@ -74,28 +75,29 @@ void shuffled_row(const LookupPart& part, int64_t row, bool residual, float* y, 
     const SixtyFour indices =
         read_bytes(part, scratch.unpacker, row, j, scratch.main_offsets, scratch.residual_offsets);
     multiply_shuffled<V>(table.entries, residual ? indices.residual : indices.main,
-                         _mm512_loadu_si512(scratch.high + j), _mm512_loadu_si512(scratch.low + j), sum_high, sum_low);
+                         _mm512_loadu_si512(input.high + j), _mm512_loadu_si512(input.low + j), sum_high, sum_low);
   }
   for (int64_t e = 0; e < part.vector_len; ++e) {
-    y[row * part.vector_len + e] += from_products(table, scratch, e, total(sum_high[e]), total(sum_low[e]));
+    y[row * part.vector_len + e] += from_products(table, input, e, total(sum_high[e]), total(sum_low[e]));
   }
 }
 
-inline void run_shuffled(const LookupPart& part, float* y, int64_t row, ByteScratch& scratch) {
+inline void run_shuffled(const LookupPart& part, const ByteInput& input, float* y, int64_t row, ByteScratch& scratch) {
   const auto one = part.vector_len <= 4 ? shuffled_row<4> : shuffled_row<8>;
-  one(part, row, false, y, scratch);
-  if (part.residual_codebook != nullptr) one(part, row, true, y, scratch);
+  one(part, input, row, false, y, scratch);
+  if (part.residual_codebook != nullptr) one(part, input, row, true, y, scratch);
 }
 
-inline void run_bytes(const LookupPart& part, const LookupInput&, float* y, int64_t, int64_t begin, int64_t end,
+inline void run_bytes(const LookupPart& part, const LookupInput& whole, float* y, int64_t, int64_t begin, int64_t end,
                       void* memory) {
   ByteScratch& scratch = *static_cast<ByteScratch*>(memory);
+  const ByteInput& input = *static_cast<const ByteInput*>(whole.prepared);
   if (shuffles(part)) {
-    for (int64_t row = begin; row < end; ++row) run_shuffled(part, y, row, scratch);
+    for (int64_t row = begin; row < end; ++row) run_shuffled(part, input, y, row, scratch);
     return;
   }
   for (int64_t row = begin; row < end; row += kRows) {
-    run_gathered(part, y, row, end - row < kRows ? end - row : kRows, scratch);
+    run_gathered(part, input, y, row, end - row < kRows ? end - row : kRows, scratch);
   }
 }
 

@@ -24,7 +24,7 @@ def runs(isa: str) -> bool:
             return False
 
 
-IMPLEMENTATIONS = ["torch", *(isa for isa in ("generic", "avx2", "avx512") if runs(isa))]
+IMPLEMENTATIONS = ["torch", *(isa for isa in ("generic", "avx2", "avx512", "amx") if runs(isa))]
 Assign = Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -107,13 +107,15 @@ def test_first_and_last_entry(bits: tuple[int, int], tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 30])
-def test_every_16_bit_float_goes_through(dtype: torch.dtype, tokens: int) -> None:
-    """Times one, each comes out as it went in: subnormals, infinities and NaN too."""
+def test_every_16_bit_float_goes_through(dtype: torch.dtype, tokens: int, isa: str) -> None:
+    """Times one, each comes out as it went in: subnormals (not AMX's), infinities and NaN too."""
     codebook = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     config = LayerConfig(1, 65536, vector_len=1, num_centroids=65536)
     weight = random_weight(config, dtype)
     weight.codebook, weight.indices = codebook.view(1, 65536, 1), torch.arange(65536).view(1, 65536, 1)
     y = VQuantLinear.from_weight(weight, dtype)(torch.ones(tokens, 1, dtype=dtype))
+    if isa == "amx" and tokens > 2:
+        codebook[codebook.float().abs() < torch.finfo(torch.float32).tiny] = 0
     for row in y:
         # 0 + -0 is 0; one NaN may become another.
         assert torch.equal(row[~codebook.isnan()], codebook[~codebook.isnan()])

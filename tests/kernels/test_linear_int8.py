@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from column_problems import HAS_KERNEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processor import processor_has
 from random_layers import FLOATS, layer_configs, random_weight
 from thread_counts import with_each_thread_count
 from torch import Tensor
@@ -20,18 +20,9 @@ from vptq import reference
 from vptq.config import LayerConfig
 from vptq.linear import VQuantLinear
 
-FLAGS = ("avx512vnni", "avx512_vnni"), ("avx512vbmi",)
-
-
-def has_instructions() -> bool:
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return False
-    return HAS_KERNEL and all(any(flag in words for flag in names) for names in FLAGS)
-
-
-needs_instructions = pytest.mark.skipif(not has_instructions(), reason="no AVX-512 VNNI and VBMI here")
+needs_instructions = pytest.mark.skipif(
+    not HAS_KERNEL or not processor_has("avx512_vnni", "avx512vbmi"), reason="no AVX-512 VNNI and VBMI here"
+)
 
 
 @pytest.fixture(autouse=True)

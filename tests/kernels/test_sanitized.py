@@ -9,10 +9,22 @@ from pathlib import Path
 
 import pytest
 from column_problems import IMPLEMENTATIONS
+from processor import processor_has
 
 ROOT = Path(__file__).parents[2]
-INSTRUCTION_SETS = [name for name in IMPLEMENTATIONS if name != "torch"]
-FLAGS = ("-std=c++17", "-O1", "-g", "-w", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+INSTRUCTION_SETS = [name for name in IMPLEMENTATIONS if name not in ("torch", "amx")]
+if INSTRUCTION_SETS and processor_has("avx512_bf16"):
+    INSTRUCTION_SETS.append("amx")
+# Tiles are emulated: the instructions are rare, and what is around them is ours.
+FLAGS = (
+    "-std=c++17",
+    "-DVPTQ_EMULATE_AMX",
+    "-O1",
+    "-g",
+    "-w",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+)
 
 
 @pytest.fixture(scope="session")
