@@ -17,6 +17,7 @@
 #define VPTQ_LANES 16
 #include "target_begin.h"
 #include "lanes.h"
+#include "floats_body.h"
 #include "table_body.h"
 #include "unpack_body.h"
 #include "prepared_body.h"

@@ -5,6 +5,7 @@
 #include "pairs_body.h"
 #include "stages_body.h"
 #include "columns_body.h"
+#include "floats_body.h"
 #include "table_body.h"
 #include "unpack_body.h"
 #include "prepared_body.h"
