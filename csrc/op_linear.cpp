@@ -6,8 +6,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <iterator>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -24,10 +24,12 @@ constexpr const char* kOp = "vptq::linear";
 constexpr int64_t kLookupsPerThread = 1 << 14;
 
 // Centroids rounded to bytes are for who asks for them.
-bool wants_bytes() {
-  const char* asked = std::getenv("VPTQ_CPU_CODEBOOK");
-  if (asked == nullptr || asked[0] == '\0' || std::strcmp(asked, "exact") == 0) return false;
-  require(std::strcmp(asked, "int8") == 0, "VPTQ_CPU_CODEBOOK is '", asked, "'; allowed are exact and int8");
+bool wants_bytes(const std::string& form) {
+  const char* variable = std::getenv("VPTQ_CPU_CODEBOOK");
+  const std::string asked = !form.empty() ? form : variable != nullptr ? variable : "";
+  if (asked.empty() || asked == "exact") return false;
+  require(asked == "int8", form.empty() ? "VPTQ_CPU_CODEBOOK" : "vptq::linear: codebook_form", " is '", asked,
+          "'; allowed are exact and int8");
   return true;
 }
 
@@ -125,7 +127,7 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
               const std::optional<Tensor>& outlier_codebook, const std::optional<Tensor>& outlier_indices,
               const std::optional<Tensor>& perm, const std::optional<Tensor>& weight_scale,
               const std::optional<Tensor>& weight_bias, const std::optional<Tensor>& bias, int64_t in_features,
-              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len) {
+              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len, std::string codebook_form) {
   const StoredLayer layer({codebook, indices, residual_codebook, residual_indices, outlier_codebook, outlier_indices,
                            perm, weight_scale, weight_bias, in_features, out_features, vector_len, outlier_vector_len});
   require(x_in.is_cpu(), kOp, ": the input must be on the CPU, as the layer is");
@@ -140,7 +142,7 @@ Tensor linear(const Tensor& x_in, const Tensor& codebook, const Tensor& indices,
 
   const Isa isa = isa_or_throw();
   const FloatKernel& floats = kernels_for(isa).floats;
-  const LookupKernel* by_preference[] = {wants_bytes() ? byte_kernel_for(isa) : nullptr, amx_kernel_for(isa),
+  const LookupKernel* by_preference[] = {wants_bytes(codebook_form) ? byte_kernel_for(isa) : nullptr, amx_kernel_for(isa),
                                          &kernels_for(isa).lookup};  // the last one fits everything
   std::vector<float> layer_bias(bias ? out_features : 0);
   if (bias) {

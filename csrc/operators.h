@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace vptq {
@@ -23,6 +24,6 @@ Tensor linear(const Tensor& x, const Tensor& codebook, const Tensor& indices,
               const std::optional<Tensor>& outlier_codebook, const std::optional<Tensor>& outlier_indices,
               const std::optional<Tensor>& perm, const std::optional<Tensor>& weight_scale,
               const std::optional<Tensor>& weight_bias, const std::optional<Tensor>& bias, int64_t in_features,
-              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len);
+              int64_t out_features, int64_t vector_len, int64_t outlier_vector_len, std::string codebook_form);
 
 }  // namespace vptq

@@ -62,6 +62,9 @@ class VQuantLinear(nn.Module):
         dtype: float16, bfloat16 or float32; None for the default dtype.
         enable_proxy_error: Accepted for the published loaders' sake; it selected a debugging path there.
 
+    Attributes:
+        codebook_form: What kernels may make of the codebooks, see `vptq.ops.linear`; not stored.
+
     Raises:
         ConfigError: The values contradict each other.
     """
@@ -106,6 +109,7 @@ class VQuantLinear(nn.Module):
         self.config = LayerConfig.from_entry(entry, where="VQuantLinear")
         config = self.config
         self._sizes = (config.in_features, config.out_features, config.vector_len, config.outlier_vector_len)
+        self.codebook_form = ""
         self.in_features = in_features
         self.out_features = out_features
         self.bias: nn.Parameter | None
@@ -173,7 +177,7 @@ class VQuantLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             # The operator has no backward of its own; a frozen dense weight gives the exact one.
             return functional.linear(x, self.dequantize(), bias)
-        y: Tensor = _linear(x, *self._stored(), bias, *self._sizes)
+        y: Tensor = _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form)
         return y
 
     @torch.no_grad()

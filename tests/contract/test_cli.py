@@ -123,6 +123,7 @@ def test_wrong_usage_exits_with_2(
         (["info", "Llama-3-8B"], "not a quantization spec"),
         (["info", "MODEL"], "not a quantized model"),
         (["--model", "./missing"], "no model at ./missing"),
+        (["--model", "MODEL", "--codebook-form", "int4"], "allowed are exact and int8"),
     ],
 )
 def test_an_error_is_one_line_exit_1_and_nothing_written(

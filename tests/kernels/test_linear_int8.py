@@ -121,6 +121,28 @@ def test_other_instruction_sets_stay_exact(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(in_bytes, layer(x))
 
 
+@needs_instructions
+def test_the_argument_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = VQuantLinear.from_weight(random_weight(LayerConfig(64, 24, 4, 256), torch.float32), torch.float32)
+    x = torch.randn(1, 64)
+    in_bytes = layer(x)
+    layer.codebook_form = "exact"
+    exact = layer(x)
+    assert not torch.equal(exact, in_bytes)
+    monkeypatch.setenv("VPTQ_CPU_CODEBOOK", "exact")
+    layer.codebook_form = "int8"
+    assert torch.equal(layer(x), in_bytes)
+    layer.codebook_form = ""
+    assert torch.equal(layer(x), exact)
+
+
+def test_a_form_that_is_neither() -> None:
+    layer = VQuantLinear.from_weight(random_weight(LayerConfig(64, 24, 4, 256)), torch.float16)
+    layer.codebook_form = "int4"
+    with pytest.raises(RuntimeError, match="codebook_form is 'int4'; allowed are exact and int8"):
+        layer(torch.zeros(1, 64, dtype=torch.float16))
+
+
 def test_a_word_that_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VPTQ_CPU_CODEBOOK", "int4")
     layer = VQuantLinear.from_weight(random_weight(LayerConfig(64, 24, 4, 256)), torch.float16)

@@ -6,9 +6,14 @@ from typing import Any
 
 import accelerate.utils
 import pytest
+from random_layers import random_weight
+from torch import float32, nn
 
 import vptq
 from vptq import model
+from vptq.config import LayerConfig
+from vptq.errors import ConfigError
+from vptq.linear import VQuantLinear
 
 GPU, CPU = 80_000, 500_000
 
@@ -19,7 +24,12 @@ def handed_on(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        monkeypatch.setattr(model, "load_model", lambda *args, **kwargs: seen.append((args, kwargs)))
+
+        def load(*args: Any, **kwargs: Any) -> nn.Module:
+            seen.append((args, kwargs))
+            return nn.Module()
+
+        monkeypatch.setattr(model, "load_model", load)
         monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda: {0: GPU, "cpu": CPU})
         vptq.AutoModelForCausalLM.from_pretrained("some/model", **kwargs)
         return seen[0]
@@ -50,3 +60,15 @@ def test_max_memory_wins_over_gpu_utilization(handed_on: Any) -> None:
 def test_torch_dtype_is_the_old_name_of_dtype(handed_on: Any) -> None:
     assert handed_on(torch_dtype="float16")[1] == {"dtype": "float16"}
     assert handed_on(torch_dtype="float16", dtype="bfloat16")[1] == {"dtype": "bfloat16"}
+
+
+def test_the_codebook_form_reaches_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = VQuantLinear.from_weight(random_weight(LayerConfig(8, 8, 4, 16)), float32)
+    monkeypatch.setattr(model, "load_model", lambda *_: nn.Sequential(nn.ReLU(), nn.Sequential(layer)))
+    vptq.AutoModelForCausalLM.from_pretrained("some/model", codebook_form="int8")
+    assert layer.codebook_form == "int8"
+
+
+def test_an_unknown_codebook_form_is_refused_before_loading(handed_on: Any) -> None:
+    with pytest.raises(ConfigError, match="codebook form is 'int4'; allowed are exact and int8"):
+        handed_on(codebook_form="int4")

@@ -91,6 +91,7 @@ def linear(
     out_features: int,
     vector_len: int,
     outlier_vector_len: int = 0,
+    codebook_form: str = "",
 ) -> Tensor:
     """x W^T + bias with the weight that `dequantize` describes.
 
@@ -110,6 +111,8 @@ def linear(
         out_features: Rows of the weight.
         vector_len: v.
         outlier_vector_len: vo; 0 without outliers.
+        codebook_form: "exact"; "int8" to let the kernel for a single token round codebooks to bytes where that is
+            faster; or empty for what VPTQ_CPU_CODEBOOK says.
 
     Returns:
         [..., out_features] in the codebook's dtype.
@@ -133,6 +136,7 @@ def linear(
         out_features,
         vector_len,
         outlier_vector_len,
+        codebook_form,
     )
     return result
 

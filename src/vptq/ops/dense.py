@@ -95,8 +95,9 @@ def linear(
     out_features: int,
     vector_len: int,
     outlier_vector_len: int,
+    codebook_form: str = "",
 ) -> Tensor:
-    """x W^T + bias through the dense weight; see `vptq.ops.linear`."""
+    """x W^T + bias through the dense weight, always exact; see `vptq.ops.linear`."""
     check_input(x, codebook, in_features)
     weight = dequantize(
         codebook,

@@ -27,12 +27,16 @@ _SIZES = "int in_features, int out_features, int vector_len, int outlier_vector_
 # Kept alive for the process: the registrations go when the object does.
 LIBRARY: Any = torch.library.Library("vptq", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(f"dequantize({_STORED}, {_SIZES}) -> Tensor")
-LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}) -> Tensor")
+LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}, str codebook_form='') -> Tensor")
 LIBRARY.define("nearest(Tensor vectors, Tensor codebook, int beam=1) -> (Tensor, Tensor)")
 LIBRARY.define(
     "assign_columns(Tensor base, Tensor? coupling, Tensor? present, Tensor scale, Tensor shift, Tensor main, "
     "Tensor? residual, Tensor(a!) indices, Tensor(b!)? residual_indices, int beam) -> (Tensor, Tensor)"
 )
+
+CODEBOOK_FORMS = ("exact", "int8")
+"""What kernels may make of codebooks: nothing, or bytes, where they have a faster way to look those up. An empty form
+leaves it to the environment variable VPTQ_CPU_CODEBOOK, and that to "exact"."""
 
 OPERATORS = ("dequantize", "linear", "nearest", "assign_columns")
 
@@ -49,6 +53,12 @@ def check_input(x: Tensor, codebook: Tensor, in_features: int) -> None:
         )
     if x.dtype != codebook.dtype:
         raise ConfigError(f"the input is {x.dtype}, the layer {codebook.dtype}; cast one of them with .to(dtype)")
+
+
+def check_codebook_form(form: str) -> None:
+    """Raises ConfigError for anything but one of `CODEBOOK_FORMS`, or nothing."""
+    if form and form not in CODEBOOK_FORMS:
+        raise ConfigError(f"the codebook form is {form!r}; allowed are {' and '.join(CODEBOOK_FORMS)}")
 
 
 def _fake_dequantize(
@@ -85,6 +95,7 @@ def _fake_linear(
     out_features: int,
     vector_len: int,
     outlier_vector_len: int,
+    codebook_form: str = "",
 ) -> Tensor:
     check_input(x, codebook, in_features)
     return x.new_empty(*x.shape[:-1], out_features)
