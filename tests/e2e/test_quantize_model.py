@@ -93,6 +93,7 @@ def test_reported_losses_are_those_of_the_stored_weights(tiny_model_folder: Path
     report = vptq.quantize(
         tiny_model_folder, tmp_path / "out", "v4-k16", calibration=text, hessian_inputs="original", **QUICK
     )
+    assert report.hessian_inputs == "original"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][: 4 * 16]
     original = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)

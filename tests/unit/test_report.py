@@ -50,6 +50,7 @@ def a_report(*layer_losses: dict[str, float]) -> Report:
         total_weights=6144,
         skipped={"lm_head.weight": "output embedding"},
         warnings=["layer 1 looks broken"],
+        hessian_inputs="quantized",
     )
 
 
@@ -120,10 +121,21 @@ def test_the_card_states_what_the_report_knows(tmp_path: Path) -> None:
     for fact in (
         *("`v8-k4096-256`", "2.750 bits per weight", "4 x 64 tokens of text.txt", "| seed | 11 |", "3.000%"),
         *("4.000% (model.layers.1.mlp.up_proj)", "3,072 of 6,144 (50.0%)", "| perplexity (text.txt) | 12.3 |"),
+        "| Hessians of inputs in | the quantized model |",
         *("1 h 2 min", "- layer 1 looks broken", "AutoModelForCausalLM.from_pretrained"),
     ):
         assert fact in card
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_of_hessian_files_nobody_knows_whose_inputs_they_saw() -> None:
+    assert "Hessians of" not in model_card(dataclasses.replace(a_report(), hessian_inputs=""))
+
+
+def test_a_report_from_before_inputs_were_noted_is_read() -> None:
+    stored = json.loads(a_report().to_json())
+    del stored["hessian_inputs"]
+    assert Report.from_json(json.dumps(stored)) == dataclasses.replace(a_report(), hessian_inputs="")
 
 
 def test_a_card_without_a_hub_original_links_to_none() -> None:

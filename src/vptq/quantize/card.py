@@ -15,6 +15,11 @@ from vptq.quantize.report import Report
 from vptq.spec import QuantSpec
 
 NAME = "README.md"
+HESSIANS_OF = {
+    "both": "the original and the quantized model",
+    "quantized": "the quantized model",
+    "original": "the original model",
+}
 
 
 def model_card(report: Report, base_model: str | None = None, measured: Mapping[str, str] | None = None) -> str:
@@ -81,6 +86,7 @@ def _how_made(report: Report) -> str:
         "column groups": str(spec.num_groups),
         "outlier columns": _outliers(spec),
         "calibration": report.calibration,
+        **({"Hessians of inputs in": HESSIANS_OF[report.hessian_inputs]} if report.hessian_inputs else {}),
         "seed": str(report.seed),
     }
     return "## How it was made\n\n" + _table(rows)

@@ -127,6 +127,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         total_weights=sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied),
         skipped=unquantized(skeleton, configs),
         warnings=warnings,
+        hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
     )
     write_output(
         job.output, skeleton, job.workspace, configs, job.dtype, job.tokenizer(), job.generation_config(), report,

@@ -91,6 +91,8 @@ class Report:
         total_weights: Parameters of the whole model, tied ones counted once.
         skipped: Parameters left as they were, path -> why.
         warnings: Lines worth reading.
+        hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
+            from files, and in reports from before this was noted.
     """
 
     model: str
@@ -105,6 +107,7 @@ class Report:
     total_weights: int
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    hessian_inputs: str = ""
 
     @property
     def mean_loss(self) -> float:
