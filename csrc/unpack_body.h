@@ -2,7 +2,7 @@
 //
 // Value j of a row occupies bits [j T, (j + 1) T), least significant first, the main index below the residual one (see
 // docs/format.md). Sixteen values of T bits are 2 T bytes, so with AVX-512 a group of them starts at a byte: one load, one
-// permutation of 16-bit words that gives each value the two (or, above 17 bits, four) words it lies in, one shift. Elsewhere a
+// permutation of 16-bit words that gives each value the two (or, where it may reach into more, four) words it lies in, one shift. Elsewhere a
 // 64-bit load a value does. Rows are read to their end and not a byte further.
 
 namespace vptq {
@@ -48,14 +48,24 @@ inline void widen_row(const uint8_t* row, int64_t first, int64_t count, int64_t 
 // How the values of one stream are picked from a window of 64 bytes; the same for every row. A rotation brings a field to where it
 // counts entries in bytes, so that a mask is all that is left to do.
 struct Unpacker {
-  __m512i words;           // up to 17 bits: 16 lanes of two words each; above: 8 lanes of four
+  __m512i words;           // narrow: 16 lanes of two words each; else 8 lanes of four
   __m512i main_rotation, residual_rotation;
   __m512i main_mask, residual_mask;
   int64_t bits;
+  bool narrow;
 };
 
+// Whether two 16-bit words hold every value whole: up to 17 bits, and 18, 20, 24 and 32, whose values begin at few places.
+inline bool two_words_hold(int bits) {
+  int most = 0;
+  for (int i = 0; i < 16; ++i) most = i * bits % 16 > most ? i * bits % 16 : most;
+  return most + bits <= 32;
+}
+
 inline Unpacker make_unpacker(const LookupPart& part, Shifts shifts) {
-  const int bits = part.main_bits + part.residual_bits, lanes = bits <= 17 ? 16 : 8, each = 32 / lanes, width = 512 / lanes;
+  const int bits = part.main_bits + part.residual_bits;
+  const bool narrow = two_words_hold(bits);
+  const int lanes = narrow ? 16 : 8, each = 32 / lanes, width = 512 / lanes;
   alignas(64) uint16_t words[32];
   alignas(64) uint32_t main[16] = {}, residual[16] = {};
   for (int i = 0; i < lanes; ++i) {
@@ -73,7 +83,8 @@ inline Unpacker make_unpacker(const LookupPart& part, Shifts shifts) {
           _mm512_load_si512(residual),
           mask(part.main_bits, shifts.main),
           mask(part.residual_bits, shifts.residual),
-          bits};
+          bits,
+          narrow};
 }
 
 // Sixteen values from lanes of 32 bits, or eight from lanes of 64.
@@ -117,9 +128,9 @@ inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint
 
 inline void unpack_row(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                        Offsets out) {
-  const bool narrow = u.bits <= 17, two = out.residual != nullptr;
-  if (narrow && two) return unpack_windows<true, true>(part, u, row, first, count, out);
-  if (narrow) return unpack_windows<true, false>(part, u, row, first, count, {out.main, out.main});
+  const bool two = out.residual != nullptr;
+  if (u.narrow && two) return unpack_windows<true, true>(part, u, row, first, count, out);
+  if (u.narrow) return unpack_windows<true, false>(part, u, row, first, count, {out.main, out.main});
   if (two) return unpack_windows<false, true>(part, u, row, first, count, out);
   unpack_windows<false, false>(part, u, row, first, count, {out.main, out.main});
 }
