@@ -135,7 +135,7 @@ def row(folder: Path, original: WeightFiles, hessians: Path, hessian_inputs: str
     if report is None:
         sys.exit(f"{folder} has no report.json, which says its spec; quantize it again")
     from_files = report.calibration.startswith("Hessian files")
-    inputs = hessian_inputs or ("original" if from_files else "both")
+    inputs = report.hessian_inputs or hessian_inputs or ("original" if from_files else "both")
     losses, bits = proxy_losses(folder, original, hessians)
     mean = sum(losses.values()) / len(losses)
     worst = max(losses, key=lambda path: losses[path])
@@ -187,7 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="quantized folders")
     parser.add_argument("--original", required=True, help="the original model; a folder of safetensors for losses")
     parser.add_argument("--hessians", type=Path, help="the original model's Hessians, as --collect writes them")
-    parser.add_argument("--hessian-inputs", choices=HESSIAN_INPUTS, help="what the folders were made with")
+    parser.add_argument("--hessian-inputs", choices=HESSIAN_INPUTS, help="for folders whose reports do not say")
     parser.add_argument("--baseline", type=Path, help="JSON of vptq eval of the original, for a row of its own")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the rows go (results/smollm2.json)")
     parser.add_argument("--collect", type=Path, metavar="OUT_DIR", help="write the original's Hessians here instead")
