@@ -104,6 +104,13 @@ VPTQ_INLINE void unpack_window(const Unpacker& u, __m512i window, uint32_t* main
   }
 }
 
+// Sixteen values of up to 16 bits, or their double, from memory: half as many bytes cross half as many cache lines.
+template <bool kShort>
+VPTQ_INLINE __m512i whole_window(const uint8_t* at) {
+  if (kShort) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  return _mm512_loadu_si512(at);
+}
+
 // 64 bytes, and zeros in place of those from `end` on.
 VPTQ_INLINE __m512i window_at(const uint8_t* at, const uint8_t* end) {
   const int64_t left = end - at;
@@ -111,15 +118,15 @@ VPTQ_INLINE __m512i window_at(const uint8_t* at, const uint8_t* end) {
   return _mm512_maskz_loadu_epi8(there, at);
 }
 
-template <bool kNarrow, bool kTwo>
+template <bool kNarrow, bool kTwo, bool kShort = false>
 inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                            Offsets out) {
   constexpr int64_t kStep = kNarrow ? 16 : 8;
   const int64_t bytes = kStep * u.bits / 8;
   const uint8_t *at = row + first * u.bits / 8, *end = row + part.row_bytes;
   int64_t j = 0;
-  for (; j < count && end - at >= 64; j += kStep, at += bytes) {
-    unpack_window<kNarrow, kTwo>(u, _mm512_loadu_si512(at), out.main + j, out.residual + j);
+  for (; j < count && end - at >= (kShort ? 32 : 64); j += kStep, at += bytes) {
+    unpack_window<kNarrow, kTwo>(u, whole_window<kShort>(at), out.main + j, out.residual + j);
   }
   for (; j < count; j += kStep, at += bytes) {  // not a byte beyond the row
     unpack_window<kNarrow, kTwo>(u, window_at(at, end), out.main + j, out.residual + j);
@@ -129,6 +136,8 @@ inline void unpack_windows(const LookupPart& part, const Unpacker& u, const uint
 inline void unpack_row(const LookupPart& part, const Unpacker& u, const uint8_t* row, int64_t first, int64_t count,
                        Offsets out) {
   const bool two = out.residual != nullptr;
+  if (u.bits <= 16 && two) return unpack_windows<true, true, true>(part, u, row, first, count, out);
+  if (u.bits <= 16) return unpack_windows<true, false, true>(part, u, row, first, count, {out.main, out.main});
   if (u.narrow && two) return unpack_windows<true, true>(part, u, row, first, count, out);
   if (u.narrow) return unpack_windows<true, false>(part, u, row, first, count, {out.main, out.main});
   if (two) return unpack_windows<false, true>(part, u, row, first, count, out);
