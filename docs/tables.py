@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from benchmarks/results, or check that they are current.
+"""Write the tables of README.md and of two pages of the docs from benchmarks/results, or check that they are current.
 
     python docs/tables.py [--check]
 
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "algorithm.md")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,25 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("times the original", "times_original", "{:.2f}"),
         Column("share of time in linear layers", "quantized_share_in_linear", "{:.0%}"),
         Column("the original's", "original_share_in_linear", "{:.0%}"),
+    ),
+    "llama_cpp": (
+        Column("format", "model", "`{}`"),
+        Column("by", "by"),
+        Column("bits per weight", "bits_per_weight", "{:.2f}"),
+        Column("tokens/s of a 7B's layers", "tokens_per_second", "{:.2f}"),
+    ),
+    "int8": (
+        Column("spec", "spec", "`{}`"),
+        Column("bits per weight", "bits_per_weight", "{:.2f}"),
+        Column("perplexity, exact", "exact_perplexity", "{:.3f}"),
+        Column("codebooks in bytes", "int8_perplexity", "{:.3f}"),
+        Column("change", "change", "{:+.2%}"),
+    ),
+    "calibration": (
+        Column("calibration text", "calibration"),
+        Column("perplexity", "perplexity", "{:.2f}"),
+        Column("KL to the original", "kl_divergence", "{:.3f}"),
+        Column("same top token", "same_top_token", "{:.1%}"),
     ),
 }
 

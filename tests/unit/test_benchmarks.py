@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import runpy
@@ -202,3 +203,24 @@ def test_the_table_shows_keys_that_rows_have(script: Script) -> None:
     published = set().union(*accuracy["PUBLISHED"].values())
     measured = {"spec", "bits_per_weight", "perplexity", "divergence", "proxy_loss", "seconds", "hessian_inputs"}
     assert {column.key for column in columns} == measured | published
+
+
+def test_a_block_of_llama_cpp_is_repeated_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type, bytes and bits: what llama.cpp quantized once stands in every block."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("beside_llama_cpp", ROOT / "benchmarks" / "llama_cpp.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "HIDDEN", 32)
+    monkeypatch.setattr(benchmark, "LINEARS", {"attn_q": (32, 32), "ffn_up": (64, 32)})
+    benchmark.write_one_block(tmp_path / "one.gguf")
+    assert benchmark.repeat_block(tmp_path / "one.gguf", tmp_path / "four.gguf") == 16.0
+    one = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "one.gguf").tensors}
+    four = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "four.gguf").tensors}
+    assert len(four) == 3 + 4 * (len(one) - 3)
+    for block in range(4):
+        assert (four[f"blk.{block}.ffn_up.weight"].data == one["blk.0.ffn_up.weight"].data).all()
+        assert four[f"blk.{block}.ffn_up.weight"].tensor_type == one["blk.0.ffn_up.weight"].tensor_type
