@@ -186,6 +186,7 @@ def main() -> None:
     result = {
         "benchmark": "kernel",
         "threads": arguments.threads,
+        "rounds": arguments.rounds,
         "backend": next(status.reason for status in backends() if status.name == "cpu"),
         "torch": torch.__version__,
         "bandwidth_gb_per_second": read / 1e9,
