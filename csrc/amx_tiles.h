@@ -82,6 +82,7 @@ inline void begin_tiles() {
 inline void end_tiles() { _tile_release(); }
 
 inline void load_sums(const float* from, int64_t stride) {
+  asm volatile("" : : : "memory");  // nor does it believe that tiles are loaded from memory: all stores come first
   _tile_loadd(0, from, stride * 4);
   _tile_loadd(1, from + 16, stride * 4);
   _tile_loadd(2, from + 32, stride * 4);
