@@ -11,9 +11,8 @@ namespace {
 
 // Where a prototype on such a processor crossed the lookup kernels; not measured with this code (docs/performance.md).
 constexpr int64_t kFewestTokens = 3;
-constexpr int64_t kPanelLanes = 64;                       // outputs
-constexpr int64_t kBlockColumns = 2 * kTilePairs;         // columns of one product
-constexpr int64_t kPanelWords = 4 * kTileBytes / 2;       // of weights: 64 outputs x 32 columns
+constexpr int64_t kBlockColumns = 2 * kTilePairs;    // columns of one product
+constexpr int64_t kPanelWords = 4 * kTileBytes / 2;  // of weights: kTileLanes outputs x 32 columns
 
 VPTQ_INLINE int64_t whole_blocks(int64_t columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
 
@@ -49,9 +48,7 @@ inline void prepare_amx_input(const LookupPart& part, const LookupInput& input, 
   for (int64_t m = 0; m < input.tokens; ++m) {
     uint16_t *high = prepared.x + m * prepared.stride, *low = high + input.tokens * prepared.stride;
     for (int64_t j = 0; j < prepared.stride; j += 16) {
-      const int64_t left = part.columns - j;
-      const __mmask16 there = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
-      const __m512 value = _mm512_maskz_loadu_ps(there, input.x + m * input.stride + j);
+      const __m512 value = _mm512_maskz_loadu_ps(first_lanes(part.columns - j), input.x + m * input.stride + j);
       const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
       const Sixteen rest = rest_of((Sixteen)value, _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
       const __m256i rest_rounded = (__m256i)_mm512_cvtneps_pbh((__m512)rest);
@@ -81,7 +78,7 @@ VPTQ_INLINE bool has_low(const LookupPart& part) {
 inline void split_tile(const float* tile, int64_t stride, int64_t blocks, bool two, const AmxScratch& scratch) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int64_t lane = 0; lane < stride; lane += 16) {
-    const int64_t at = lane / kPanelLanes * blocks * kPanelWords + lane % kPanelLanes / 16 * (kTileBytes / 2);
+    const int64_t at = lane / kTileLanes * blocks * kPanelWords + lane % kTileLanes / 16 * (kTileBytes / 2);
     for (int64_t pair = 0; pair < blocks * kTilePairs; ++pair) {
       const int64_t to = at + pair / kTilePairs * kPanelWords + pair % kTilePairs * 32;
       const Sixteen a = load_floats<16>(tile + 2 * pair * stride + lane);
@@ -98,8 +95,8 @@ inline void split_tile(const float* tile, int64_t stride, int64_t blocks, bool t
 // sums [rows, stride] += input [rows, columns of the chunk] weights.
 inline void multiply_split(const AmxInput& input, int64_t first, int64_t blocks, int64_t stride, bool two,
                            const AmxScratch& scratch) {
-  for (int64_t lane = 0; lane < stride; lane += kPanelLanes) {
-    const int64_t panel = lane / kPanelLanes * blocks * kPanelWords;
+  for (int64_t lane = 0; lane < stride; lane += kTileLanes) {
+    const int64_t panel = lane / kTileLanes * blocks * kPanelWords;
     for (int64_t row = 0; row < input.rows; row += kTileRows) {
       float* sums = scratch.sums + row * stride + lane;
       load_sums(sums, stride);

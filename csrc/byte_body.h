@@ -75,10 +75,6 @@ inline void make_byte_table(const void* codebook, Float dtype, int64_t entries, 
   }
 }
 
-VPTQ_INLINE __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
 inline int64_t byte_input_bytes(const LookupPart&, int64_t) { return sizeof(ByteInput); }
 
 inline void prepare_byte_input(const LookupPart& part, const LookupInput& input, void* memory) {

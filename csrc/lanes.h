@@ -28,6 +28,13 @@ VPTQ_INLINE uint32_t at_least(Lanes scores, float bound) {
 #endif
 }
 
+#if VPTQ_LANES == 16
+// For masked loads: as many of sixteen lanes as there are numbers left.
+VPTQ_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+#endif
+
 // A NaN in `scores` loses; GCC and Clang turn the comparison into one max instruction.
 VPTQ_INLINE Lanes larger(Lanes scores, Lanes best) { return scores > best ? scores : best; }
 

@@ -38,12 +38,12 @@ struct Bytes {
 
 struct Book {
   Book(int64_t entries, int64_t length, Float dtype)
-      : stored(entries * length * (dtype == Float::kFloat32 ? 4 : 2)), values(entries * length) {
+      : stored(entries * length * float_bytes(dtype)), values(entries * length) {
     for (size_t i = 0; i < values.size(); ++i) {
       const int64_t half = dtype == Float::kBFloat16 ? 128 : 1024;  // what the dtype holds exactly, of several sizes
       const float value = std::ldexp(static_cast<float>(below(2 * half) - half) / half, static_cast<int>(-below(5)));
       values[i] = value;
-      kernels_for(Isa::kGeneric).floats.round(&value, dtype, 1, stored.data + i * (dtype == Float::kFloat32 ? 4 : 2));
+      kernels_for(Isa::kGeneric).floats.round(&value, dtype, 1, stored.data + i * float_bytes(dtype));
     }
   }
   Bytes stored;
