@@ -17,18 +17,15 @@ VPTQ_INLINE int64_t tile_stride(int64_t vector_len) {
   return (whole_vectors(vector_len) + kTileLanes - 1) / kTileLanes * kTileLanes;
 }
 
-// Entries are zero beyond their vector, so they may overlap the row that follows: it is stored, or added to, later.
-template <int W, Float kDtype, bool kAdd>
-void decode_entries(const uint8_t* entries, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
-                    int64_t pieces, int64_t stride, float* tile) {
+// Entries are zero beyond their vector, so they may overlap the row that follows: it is stored later.
+template <typename Books>
+void decode_entries(Books books, int64_t rows, int64_t count, int64_t vector_len, int64_t pieces, int64_t stride, float* tile) {
+  constexpr int W = Books::kWidth;
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* entry = entries + offsets[r * kTileColumns + j];
       float* out = tile + j * stride + r * vector_len;
       for (int64_t piece = 0; piece < (W < 16 ? 1 : pieces); ++piece) {
-        typename Wide<W>::Floats floats = load_entry<W, kDtype>(entry + piece * W * float_bytes(kDtype));
-        if (kAdd) floats += load_floats<W>(out + piece * W);
-        store_floats<W>(floats, out + piece * W);
+        store_floats<W>(books.load(r * kTileColumns + j, piece), out + piece * W);
       }
     }
   }
@@ -37,38 +34,29 @@ void decode_entries(const uint8_t* entries, const uint32_t* offsets, int64_t row
 #if VPTQ_LANES == 16
 
 // Where a vector fills its entry, whole registers: half to a quarter of the stores.
-template <int W, Float kDtype, bool kAdd>
-void decode_groups(const uint8_t* entries, const uint32_t* offsets, int64_t count, int64_t stride, float* tile) {
-  constexpr int kPer = 16 / W, kGroups = static_cast<int>(kTileLanes) / 16;
+template <typename Books>
+void decode_groups(Books books, int64_t count, int64_t stride, float* tile) {
+  constexpr int kPer = 16 / Books::kWidth, kGroups = static_cast<int>(kTileLanes) / 16;
   for (int64_t j = 0; j < count; ++j) {
     for (int g = 0; g < kGroups; ++g) {
-      const uint32_t* at = offsets + g * kPer * kTileColumns + j;
-      Sixteen floats = Group<W, kDtype>::load(entries, at, kTileColumns);
-      float* out = tile + j * stride + g * 16;
-      if (kAdd) floats += load_floats<16>(out);
-      store_floats<16>(floats, out);
+      store_floats<16>(books.load_group(g * kPer * kTileColumns + j, kTileColumns), tile + j * stride + g * 16);
     }
   }
 }
 
 #endif
 
-template <bool kAdd>
-void decode(const Table& table, const uint32_t* offsets, int64_t rows, int64_t count, int64_t vector_len,
-            int64_t stride, float* tile) {
+inline void decode(const PreparedPart& prepared, Offsets offsets, int64_t rows, int64_t count, int64_t vector_len,
+                   int64_t stride, float* tile) {
   const int64_t lanes = whole_vectors(vector_len), pieces = lanes < 16 ? 1 : lanes / 16;
+  with_books(prepared, lanes, 0, offsets, [&](auto books) {
 #if VPTQ_LANES == 16
-  if (rows * vector_len == kTileLanes && lanes == vector_len && lanes <= 16) {
-    with_entry(lanes, table.dtype, [&](auto entry) {
-      using E = decltype(entry);
-      decode_groups<E::kWidth, E::kFloat, kAdd>(table.entries, offsets, count, stride, tile);
-    });
-    return;
-  }
+    if (rows * vector_len == kTileLanes && lanes == vector_len && lanes <= 16) {
+      decode_groups(books, count, stride, tile);
+      return;
+    }
 #endif
-  with_entry(lanes, table.dtype, [&](auto entry) {
-    using E = decltype(entry);
-    decode_entries<E::kWidth, E::kFloat, kAdd>(table.entries, offsets, rows, count, vector_len, pieces, stride, tile);
+    decode_entries(books, rows, count, vector_len, pieces, stride, tile);
   });
 }
 
@@ -98,8 +86,7 @@ inline int64_t decode_tile(const LookupPart& part, const PreparedPart& prepared,
     read_offsets(part, prepared.unpacker, prepared.shifts(), begin + r, first, count,
                  {scratch.main + r * kTileColumns, two ? scratch.residual + r * kTileColumns : nullptr});
   }
-  decode<false>(prepared.main, scratch.main, rows, count, v, stride, scratch.tile);
-  if (two) decode<true>(prepared.residual, scratch.residual, rows, count, v, stride, scratch.tile);
+  decode(prepared, {scratch.main, two ? scratch.residual : nullptr}, rows, count, v, stride, scratch.tile);
   return count;
 }
 

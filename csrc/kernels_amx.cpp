@@ -21,7 +21,7 @@
 #include "table_body.h"
 #include "unpack_body.h"
 #include "prepared_body.h"
-#include "group_body.h"
+#include "books_body.h"
 #include "decode_body.h"
 #include "amx_tiles.h"
 #include "amx_body.h"

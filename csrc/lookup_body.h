@@ -33,20 +33,24 @@ void multiply_entries(const uint8_t* entries, const uint32_t* offsets, const flo
   }
 }
 
-// Adds what `count` columns from `first` contribute; `skip` bytes into each entry, for the pieces of long vectors.
-inline void multiply_chunk(const Table& table, int64_t skip, int64_t width, const uint32_t* offsets,
+// Adds what `count` columns from `first` contribute to the `width` coordinates from `piece`.
+inline void multiply_chunk(const PreparedPart& prepared, int64_t piece, int64_t width, Offsets offsets,
                            const LookupInput& input, int64_t first, int64_t count, float* sums) {
 #if VPTQ_LANES == 16
   if (input.tokens > kDirectTokens) {
-    multiply_tokens(table, skip, width, offsets, input, first, count, sums);
+    with_books(prepared, width, piece, offsets, [&](auto books) { multiply_tokens(books, input, first, count, sums); });
     return;
   }
 #endif
-  with_entry(width, table.dtype, [&](auto entry) {
-    using E = decltype(entry);
-    const auto multiply = input.tokens == 1 ? multiply_entries<E::kWidth, E::kFloat, 1> : multiply_entries<E::kWidth, E::kFloat, 2>;
-    multiply(table.entries + skip, offsets, input.x + first, input.stride, count, sums);
-  });
+  const auto add = [&](const Table& table, const uint32_t* at) {
+    with_entry(width, table.dtype, [&](auto entry) {
+      using E = decltype(entry);
+      const auto multiply = input.tokens == 1 ? multiply_entries<E::kWidth, E::kFloat, 1> : multiply_entries<E::kWidth, E::kFloat, 2>;
+      multiply(table.entries + piece * float_bytes(table.dtype), at, input.x + first, input.stride, count, sums);
+    });
+  };
+  add(prepared.main, offsets.main);
+  if (offsets.residual != nullptr) add(prepared.residual, offsets.residual);
 }
 
 // Where the sums of a row and token begin.
@@ -65,17 +69,11 @@ struct FusedScratch {
 // Sums of one block of rows for the `width` coordinates from `piece` of their vectors.
 inline void fused_block(const LookupPart& part, const PreparedPart& prepared, const LookupInput& input, int64_t begin,
                         int64_t rows, int64_t piece, int64_t width, FusedScratch& scratch) {
-  const bool two = part.residual_codebook != nullptr;
-  const Table &main = prepared.main, &residual = prepared.residual;
-  const int64_t main_skip = piece * float_bytes(main.dtype);
-  const int64_t residual_skip = piece * float_bytes(residual.dtype);
+  const Offsets offsets{scratch.main, part.residual_codebook != nullptr ? scratch.residual : nullptr};
   std::memset(scratch.sums, 0, static_cast<size_t>(kRows * input.tokens * 16) * 4);
   for (int64_t first = 0; first < part.columns; first += kChunk) {
-    const int64_t count = chunk_at(part, first);
-    read_block(part, prepared.unpacker, prepared.shifts(), begin, rows, first,
-               {scratch.main, two ? scratch.residual : nullptr});
-    multiply_chunk(main, main_skip, width, scratch.main, input, first, count, scratch.sums);
-    if (two) multiply_chunk(residual, residual_skip, width, scratch.residual, input, first, count, scratch.sums);
+    read_block(part, prepared.unpacker, prepared.shifts(), begin, rows, first, offsets);
+    multiply_chunk(prepared, piece, width, offsets, input, first, chunk_at(part, first), scratch.sums);
   }
 }
 
