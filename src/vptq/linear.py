@@ -5,7 +5,8 @@
 `quantization_config`, as every published loader (transformers among them) calls it; code of this package goes through
 `from_config`, `from_tensors` or `from_weight`.
 
-The weight is frozen. Gradients flow through the layer to its input and its bias, never to codebooks or indices.
+Gradients flow through the layer to its input and its bias and, once `train_floats` has asked for it, to its codebooks,
+scales and column biases; indices have none.
 """
 
 from __future__ import annotations
@@ -174,17 +175,30 @@ class VQuantLinear(nn.Module):
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
             check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
         bias = self._parameters["bias"]
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            # The operator has no backward of its own; a frozen dense weight gives the exact one.
-            return functional.linear(x, self.dequantize(), bias)
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            # The operator has no backward of its own; the dense weight gives the exact one.
+            return functional.linear(x, self.dequantize_with_gradient(), bias)
         y: Tensor = _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form)
         return y
 
-    @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense weight [out_features, in_features] in the layer's dtype, detached."""
+        with torch.no_grad():
+            return self.dequantize_with_gradient()
+
+    def dequantize_with_gradient(self) -> Tensor:
+        """The same, with a way back to the codebooks, scales and column biases that ask for gradients."""
         weight: Tensor = _dequantize(*self._stored(), *self._sizes)
         return weight
+
+    def train_floats(self, mode: bool = True) -> None:
+        """Ask for gradients of all that is not an index: codebooks, scales, column biases and the bias.
+
+        They come in the layer's own dtype: train in float32, where small steps are not rounded away, and round at the
+        end.
+        """
+        for parameter in self.parameters():
+            parameter.requires_grad_(mode and parameter.is_floating_point())
 
     def extra_repr(self) -> str:
         """Dimensions and size, for printing a model."""

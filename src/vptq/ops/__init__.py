@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vptq.ops import columns, dense, search
+from vptq.ops import columns, dense, gradients, search  # noqa: F401 (registers the gradient)
 from vptq.ops.backends import BackendStatus, backends, tell_when_missed
 
 __all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "nearest"]

@@ -49,7 +49,7 @@ def dequantize(
     step = max(1, band_weights // (in_features * vector_len))
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        main, residual = _entries(
+        main, residual = entries(
             codebook,
             indices[:, part],
             residual_codebook,
@@ -117,7 +117,7 @@ def linear(
     return functional.linear(x, weight, bias)
 
 
-def _entries(
+def entries(
     codebook: Tensor,
     indices: Tensor,
     residual_codebook: Tensor | None,
