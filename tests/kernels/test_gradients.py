@@ -47,9 +47,7 @@ def test_a_layer_is_frozen_until_its_floats_are_asked_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_in_sixteen_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
-    config = LayerConfig(
-        512, 512, 8, 2
-    )  # 16,384 vectors a centroid: a sum in 16 bits would stop growing at 256 to 2,048
+    config = LayerConfig(512, 512, 8, 2)  # 16,384 vectors a centroid: a sum in 16 bits stops growing long before
     layer = VQuantLinear.from_weight(random_weight(config, dtype), dtype)
     layer.train_floats()
     layer.dequantize_with_gradient().backward(torch.ones(512, 512, dtype=dtype))

@@ -25,6 +25,15 @@ class StoredType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Finetune(str, Enum):
+    """What is trained after quantizing."""
+
+    none = "none"
+    block = "block"
+    e2e = "e2e"
+    both = "both"
+
+
 class HessianInputs(str, Enum):
     """Which inputs the Hessians are made from."""
 
@@ -89,6 +98,14 @@ def quantize(
             "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
         ),
     ] = True,
+    finetune: Annotated[
+        Finetune,
+        typer.Option(
+            "--finetune",
+            help="Train codebooks, scales and norms towards the original: each block when it is quantized, the whole "
+            "model at the end (e2e), or both.",
+        ),
+    ] = Finetune.none,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
@@ -127,6 +144,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             absorb_perm=absorb_perm,
+            finetune=finetune.value,
             progress=bars,
         )
     _print_summary(report, output_dir)
@@ -162,10 +180,17 @@ def _print_summary(report: Report, folder: Path) -> None:
         "left as it was": _skipped(report),
         "mean proxy loss": f"{report.mean_loss:.3%}",
         "calibration": report.calibration,
+        **({"finetuned": _finetuned(report)} if report.finetuning else {}),
         "time": f"{minutes} min {seconds} s",
         "peak memory": file_size(report.peak_memory_bytes),
     }
     output().print(facts(rows))
+
+
+def _finetuned(report: Report) -> str:
+    done = report.finetuning
+    steps = f"{done['after']:.4f} after {done['steps']} steps"
+    return f"KL to the original on held-out text {done['before']:.4f} before, {steps}"
 
 
 def _skipped(report: Report) -> str:

@@ -35,7 +35,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[_BIAS]:
         grads[_BIAS] = grad.sum(0).to(stored[_BIAS].dtype)
     if ctx.needs_input_grad[_SCALE]:
-        unscaled = dense.dequantize(*stored[:7], None, None, *sizes)
+        unscaled = torch.ops.vptq.dequantize.default(*stored[:7], None, None, *sizes)
         grads[_SCALE] = (grad * unscaled).sum(0).to(stored[_SCALE].dtype)
     if any(ctx.needs_input_grad[at] for at in (_CODEBOOK, _RESIDUAL, _OUTLIERS)):
         grad = grad if stored[_SCALE] is None else grad * stored[_SCALE]
@@ -50,7 +50,8 @@ def _codebook_gradients(
 ) -> dict[int, Tensor]:
     """Position of a codebook -> its gradient, float32, from that of the lookups in quantized column order."""
     codebook, indices, residual, residual_indices, outliers, outlier_indices = stored[:6]
-    assert codebook is not None and indices is not None
+    assert codebook is not None
+    assert indices is not None
     books, columns = {}, grad.shape[1]
     if outliers is not None and outlier_indices is not None:
         entries = from_carrier(outlier_indices)

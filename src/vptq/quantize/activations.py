@@ -89,8 +89,8 @@ class Activations:
         block = self._skeleton.blocks[index] if block is None else block
         for position, batch in enumerate(self.batches):
             output = self._run(block, index, batch)
-            if advance:
-                batch.copy_(first_tensor(output))  # in place: new tensors for every block would tear the heap to pieces
+            if advance and output is not None:
+                batch.copy_(output)  # in place: new tensors for every block would tear the heap to pieces
             if visit is not None:
                 visit(position + 1)
 
@@ -154,12 +154,16 @@ class Activations:
                 self._run(block, index, batch)
                 yield seen
 
-    def _run(self, block: nn.Module, index: int, batch: Tensor) -> Any:
-        """What `block` returns when it is called as block `index` is; None where a hook has stopped it."""
-        call = self._calls[len(batch)][index]
+    def call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """The hidden states that `block` makes of `hidden` when it is called as block `index` is."""
+        call = self._calls[len(hidden)][index]
+        return first_tensor(block(hidden.to(self._skeleton.device), *call.args, **call.kwargs))
+
+    def _run(self, block: nn.Module, index: int, batch: Tensor) -> Tensor | None:
+        """The same without gradients; None where a hook has stopped it."""
         try:
             with torch.no_grad():
-                return block(batch.to(self._skeleton.device), *call.args, **call.kwargs)
+                return self.call(block, index, batch)
         except Stop:
             return None
 

@@ -8,6 +8,7 @@ In "original" mode all Hessians of a block come from one pass of the original mo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
+from vptq.quantize.block_tuning import TunedBlock, tune_block
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
 from vptq.quantize.memory import return_freed_memory
@@ -64,7 +66,8 @@ class BlockSolver:
         job, workspace = self.job, self.job.workspace
         self.skeleton.load_block(index, job.compute_dtype)
         if not workspace.has_block(index):
-            workspace.save_block(index, self._solve(index))
+            solved, tuned = self._solve(index)
+            workspace.save_block(index, solved, tuned)
         else:
             self.layers_done += len(self.skeleton.linears(index))
             if self._original is not None:
@@ -77,33 +80,59 @@ class BlockSolver:
         return_freed_memory()
         return workspace.block_reports(index)
 
-    def _solve(self, index: int) -> Solved:
+    def _solve(self, index: int) -> tuple[Solved, TunedBlock | None]:
+        tuned = None
         if self.activations is None:
             groups = [InputGroup((name,), linear.in_features) for name, linear in self.skeleton.linears(index).items()]
             solved = self._solve_groups(index, [(group, self._stored_moments(index, group)) for group in groups])
         else:
-            solved = self._solve_with(self.activations, index)
-        return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}
+            solved, tuned = self._solve_with(self.activations, index)
+        return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}, tuned
 
-    def _solve_with(self, activations: Activations, index: int) -> Solved:
+    def _solve_with(self, activations: Activations, index: int) -> tuple[Solved, TunedBlock | None]:
         """Solves the block with Hessians of its activations, and moves those past it."""
         groups = activations.input_groups(index)
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
-        before = None if self._original is None else copy.deepcopy(self.skeleton.blocks[index])
+        keep = self._original is not None or self.job.trains_blocks
+        before = copy.deepcopy(self.skeleton.blocks[index]) if keep else None
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
-            if before is not None and not at_once:
+            if self._original is not None and before is not None and not at_once:
                 moments = [self._paired(activations, index, some[0], before)]
             else:
                 accumulated = activations.hessians(index, some, advance=original)
                 moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
             solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
+        tuned = None
+        if self.job.trains_blocks and before is not None:
+            tuned = self._tune(activations, index, solved, before)
         if not original:
             activations.run_block(index, advance=True)
         if self._original is not None:
             self._original.run_block(index, advance=True, block=before)
-        return solved
+        return solved, tuned
+
+    def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
+        """Trains the block; `solved` and the block itself take over what is better."""
+        prefix = f"{self.skeleton.blocks_name}.{index}."
+        layers = {
+            path.removeprefix(prefix): (LayerConfig.from_entry(report.entry, path), tensors)
+            for path, (report, tensors) in solved.items()
+        }
+        tuned = tune_block(
+            before, layers, activations.batches, partial(activations.call, index=index), self.job.dtype,
+            self.job.training, lambda done, total: self.progress(ProgressEvent(f"training block {index}", done, total)),
+        )  # fmt: skip
+        for path, (report, tensors) in solved.items():
+            solved[path] = report, {**tensors, **tuned.layers[path.removeprefix(prefix)]}
+        others = {f"{prefix}{name}": tensor for name, tensor in tuned.others.items()}
+        self._take_over(
+            index, {path: (LayerConfig.from_entry(r.entry, path), t) for path, (r, t) in solved.items()}, others
+        )
+        message = f"block {index}: error of its output {tuned.before:.3%} before training, {tuned.after:.3%} after"
+        self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
+        return dataclasses.replace(tuned, others=others)
 
     def _paired(self, activations: Activations, index: int, group: InputGroup, before: nn.Module) -> Moments:
         """One pass of the block as it was, and as it is now, up to the inputs of `group`."""
@@ -130,7 +159,7 @@ class BlockSolver:
             tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(self.job.dtype).items()}
             solved[path] = (self._layer_report(path, weight.config, solution, seconds), tensors)
             if self.job.hessian_inputs != "original":
-                linears[name].weight.data.copy_(dequantize(weight.config, tensors).to(linears[name].weight))
+                self._take_over(index, {path: (weight.config, tensors)}, {})
         return solved
 
     def _solve_layer(self, index: int, task: tuple[str, Moments]) -> tuple[str, Solution, float]:
@@ -157,11 +186,23 @@ class BlockSolver:
         return f"{self.skeleton.blocks_name}.{index}.{name}"
 
     def _install(self, index: int) -> None:
-        """Puts the stored weights of a finished block into its linear layers."""
+        """Puts what is stored of a finished block into its place."""
+        workspace, dtype = self.job.workspace, self.job.dtype
+        layers = {name: (weight.config, weight.to_tensors(dtype)) for name, weight in workspace.block_weights(index)}
+        self._take_over(index, layers, workspace.block_others(index))
+
+    def _take_over(
+        self, index: int, layers: Mapping[str, tuple[LayerConfig, Mapping[str, Tensor]]], others: Mapping[str, Tensor]
+    ) -> None:
+        """The block goes on with these quantized layers, by path, and these other tensors, by full name."""
         modules = {self._path(index, name): linear for name, linear in self.skeleton.linears(index).items()}
-        for name, weight in self.job.workspace.block_weights(index):
-            linear = modules[name]
-            linear.weight.data.copy_(dequantize(weight.config, weight.to_tensors(self.job.dtype)).to(linear.weight))
+        for path, (config, tensors) in layers.items():
+            linear = modules[path]
+            linear.weight.data.copy_(dequantize(config, tensors).to(linear.weight))
+            if linear.bias is not None:
+                linear.bias.data.copy_(tensors["bias"])
+        for name, tensor in others.items():
+            self.skeleton.blocks[index].get_parameter(name.removeprefix(self._path(index, ""))).data.copy_(tensor)
 
     def _moments(self, index: int, group: InputGroup, seen: HessianAccumulator | PairedAccumulator) -> Moments:
         """A group's moments; the identity, with a warning, for layers that no text has reached (rare experts)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vptq.errors import CheckpointError
 from vptq.quantize.report import Report
@@ -87,6 +88,7 @@ def _how_made(report: Report) -> str:
         "outlier columns": _outliers(spec),
         "calibration": report.calibration,
         **({"Hessians of inputs in": HESSIANS_OF[report.hessian_inputs]} if report.hessian_inputs else {}),
+        **({"finetuning": _finetuning(report.finetuning)} if report.finetuning else {}),
         "seed": str(report.seed),
     }
     return "## How it was made\n\n" + _table(rows)
@@ -98,6 +100,13 @@ def _outliers(spec: QuantSpec) -> str:
     return (
         f"{spec.outlier_percent:g}% of the columns, in vectors of {spec.outlier_vector_len} weights, "
         f"{spec.outlier_num_centroids} centroids"
+    )
+
+
+def _finetuning(done: Mapping[str, Any]) -> str:
+    return (
+        f"end to end, {done['steps']} steps on {done['sequences']} sequences: KL to the original on held-out text "
+        f"{done['before']:.4f} before, {done['after']:.4f} after"
     )
 
 

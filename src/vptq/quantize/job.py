@@ -18,6 +18,7 @@ from vptq.quantize.hessian import find_hessian
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.solver import SolverConfig
+from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles, covers, spill
 from vptq.quantize.workspace import Workspace
 from vptq.source import ModelSource, load_model, load_tokenizer
@@ -51,7 +52,9 @@ class Job:
     overwrite: bool
     resume: bool
     absorb_perm: bool
+    finetune: str
     solver: SolverConfig
+    training: TrainingConfig
     workspace: Workspace
 
     @property
@@ -69,6 +72,21 @@ class Job:
         """The original's hub id, where it has one that a reader could follow."""
         return None if self.source is None or self.source.is_local else self.source.folder
 
+    @property
+    def trains_end_to_end(self) -> bool:
+        """Whether the whole model is finetuned at the end."""
+        return self.finetune in ("e2e", "both")
+
+    @property
+    def trains_blocks(self) -> bool:
+        """Whether every block is finetuned when it has been quantized."""
+        return self.finetune in ("block", "both")
+
+    @property
+    def held_out(self) -> int:
+        """Calibration sequences that only judge finetuning, beyond those that are asked for."""
+        return max(2, self.sequences // 16) if self.trains_end_to_end else 0
+
     def settings(self) -> dict[str, Any]:
         """Everything the bytes of the result depend on."""
         return {
@@ -84,7 +102,9 @@ class Job:
             "hessian_dir": str(self.hessian_dir) if self.hessian_dir else None,
             "hessian_inputs": self.hessian_inputs,
             "absorb_perm": self.absorb_perm,
+            "finetune": self.finetune,
             "solver": dataclasses.asdict(self.solver),
+            "training": dataclasses.asdict(self.training) if self.finetune != "none" else None,
         }
 
     def enter_workspace(self) -> None:
@@ -126,8 +146,9 @@ class Job:
         """The sequences [n, seqlen] and what the report says about them."""
 
         def make() -> tuple[Tensor, dict[str, Any]]:
+            wanted = self.sequences + self.held_out
             made = load_calibration(
-                self.calibration, self.tokenizer(), self.sequences, self.seqlen, self.seed, self._whole_model, progress
+                self.calibration, self.tokenizer(), wanted, self.seqlen, self.seed, self._whole_model, progress
             )
             return made.tokens, {"description": made.description, "warning": made.warning}
 

@@ -13,42 +13,39 @@ from torch import Tensor, nn
 from vptq.checkpoint import save_tensors, staged_folder
 from vptq.config import LayerConfig, QuantConfig
 from vptq.quantize.card import save_card
+from vptq.quantize.job import Job
 from vptq.quantize.report import Report, save_report
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.workspace import Workspace
 
 
 def write_output(
+    job: Job,
     output: Path,
     skeleton: Skeleton,
-    workspace: Workspace,
     layers: Mapping[str, LayerConfig],
-    dtype: torch.dtype,
-    tokenizer: Any | None,
-    generation_config: Any | None,
     report: Report,
-    *,
-    base_model: str | None,
-    overwrite: bool,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes everything under a temporary name and renames it at the end.
+    """Writes everything under a temporary name and renames it at the end; `trained` tensors replace others.
 
     Raises:
         CheckpointError: the folder exists, or the disk is full.
     """
     config: Any = copy.deepcopy(skeleton.model.config)  # a model in memory shares its own with the skeleton
     config.architectures = config.architectures or [type(skeleton.model).__name__]
-    config.dtype = dtype
+    config.dtype = job.dtype
     left = tuple(name for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and name not in layers)
     config.quantization_config = QuantConfig(layers, modules_to_not_convert=left).to_dict()
-    with staged_folder(output, overwrite) as staging:
-        save_tensors(staging, _tensors(skeleton, workspace, layers, dtype))
+    with staged_folder(output, job.overwrite) as staging:
+        stored = _tensors(skeleton, job.workspace, layers, job.dtype)
+        save_tensors(staging, ((name, (trained or {}).get(name, tensor)) for name, tensor in stored))
         config.save_pretrained(staging)
-        for extra in (tokenizer, generation_config):
+        for extra in (job.tokenizer(), job.generation_config()):
             if extra is not None:
                 extra.save_pretrained(staging)
         save_report(report, staging)
-        save_card(report, staging, base_model)
+        save_card(report, staging, job.base_model)
 
 
 def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[str, str]:
@@ -84,6 +81,8 @@ def _tensors(
     """Original tensors in the order of their files, then the quantized ones block by block."""
     known = set(skeleton.model.state_dict()) - tied_names(skeleton.model)
     replaced = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
+    for index in range(len(skeleton.blocks)):
+        replaced |= workspace.block_others(index).keys()
     for name in skeleton.files:
         if name in known and name not in replaced:
             tensor = skeleton.files.load(name)

@@ -2,7 +2,8 @@
 
 All side effects live here and in the modules this one calls: files, hooks, progress, resume. The solver has none.
 
-    check every setting -> calibration sequences -> for each block: Hessians, solve, store, run on -> write the folder
+    check every setting -> calibration sequences -> for each block: Hessians, solve, store, run on -> finetune
+    -> write the folder
 
 The hidden states advance through the stored (rounded) weights, so that a resumed run sees what the first one saw.
 """
@@ -10,20 +11,23 @@ The hidden states advance through the stored (rounded) weights, so that a resume
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
+from vptq.quantize.finetune import Finetuning
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import tied_names, unquantized, write_output
-from vptq.quantize.report import ProgressCallback, Report
+from vptq.quantize.report import LayerReport, ProgressCallback, Report
 from vptq.quantize.setup import prepare
+from vptq.quantize.skeleton import Skeleton
 from vptq.spec import QuantSpec
 
 
@@ -45,6 +49,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     absorb_perm: bool = True,
+    finetune: str = "none",
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -67,6 +72,8 @@ def quantize(
         overwrite: replace an output folder that exists.
         resume: go on with an interrupted run.
         absorb_perm: fold the permutation into the indices where the format allows it.
+        finetune: "none"; "block": train each block's codebooks, scales and norms when it has been quantized; "e2e":
+            train those of the whole model at the end; or "both".
         progress: told about every step.
 
     Returns:
@@ -82,7 +89,7 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm,
+        absorb_perm=absorb_perm, finetune=finetune,
     )  # fmt: skip
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
@@ -102,15 +109,8 @@ def quantize(
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     skeleton = job.open_skeleton()
     warnings = job.check_layers(skeleton, progress)
-    calibration = f"Hessian files of {job.hessian_dir}"
-    activations = None
-    if job.hessian_dir is None:
-        tokens, facts = job.calibration_tokens(progress)
-        calibration = facts["description"]
-        warnings += [facts["warning"]] if facts["warning"] else []
-        activations = Activations(skeleton, tokens, job.compute_dtype)
-    blocks = BlockSolver(job, skeleton, activations, progress, warnings)
-    layers = [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]
+    text = _calibration(job, progress, warnings)
+    layers = _solve(job, skeleton, text, progress, warnings)
     configs = {layer.name: LayerConfig.from_entry(layer.entry, layer.name) for layer in layers}
     weights = sum(config.in_features * config.out_features for config in configs.values())
     tied = tied_names(skeleton.model)
@@ -121,7 +121,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         layers=layers,
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
-        calibration=calibration,
+        calibration=text.description,
         seed=job.seed,
         quantized_weights=weights,
         total_weights=sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied),
@@ -129,8 +129,56 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         warnings=warnings,
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
     )
-    write_output(
-        job.output, skeleton, job.workspace, configs, job.dtype, job.tokenizer(), job.generation_config(), report,
-        base_model=job.base_model, overwrite=job.overwrite,
-    )  # fmt: skip
+    errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
+    report.block_finetuning = [pair for pair in errors if pair is not None]
+    if job.trains_end_to_end:
+        untrained = job.workspace.folder / "quantized"
+        if not untrained.is_dir():
+            write_output(job, untrained, skeleton, configs, report)
+        training = Finetuning(
+            untrained, skeleton, text.tokens, text.held_out, job.workspace.folder, job.dtype, job.device, job.seed,
+            job.training, progress,
+        )  # fmt: skip
+        done, trained = training.run()
+        report.finetuning = asdict(done)
+        report.seconds, report.peak_memory_bytes = time.monotonic() - started, peak_memory_bytes()
+        write_output(job, job.output, skeleton, configs, report, trained)
+    else:
+        write_output(job, job.output, skeleton, configs, report)
     return report
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a model is calibrated on: tokens [sequences, seqlen], of which the last `held_out` only judge."""
+
+    tokens: Tensor
+    held_out: int
+    description: str
+
+
+def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _Text:
+    """Raises CalibrationError where the text is too short to hold some of it out."""
+    if job.hessian_dir is not None and not job.trains_end_to_end:
+        return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir}")
+    tokens, facts = job.calibration_tokens(progress)
+    warnings += [facts["warning"]] if facts["warning"] else []
+    if job.trains_end_to_end and len(tokens) < 2:
+        raise CalibrationError(
+            f"--finetune {job.finetune} judges by text that it does not train on, but there is only one sequence; "
+            "give a longer --calibration text, or a smaller --seqlen"
+        )
+    held_out = min(job.held_out, len(tokens) // 2)
+    description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir}"
+    return _Text(tokens, held_out, description)
+
+
+def _solve(
+    job: Job, skeleton: Skeleton, text: _Text, progress: ProgressCallback, warnings: list[str]
+) -> list[LayerReport]:
+    """Every block's layers, quantized and stored."""
+    activations = None
+    if job.hessian_dir is None:
+        activations = Activations(skeleton, text.tokens[: len(text.tokens) - text.held_out], job.compute_dtype)
+    blocks = BlockSolver(job, skeleton, activations, progress, warnings)
+    return [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]

@@ -93,6 +93,8 @@ class Report:
         warnings: Lines worth reading.
         hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
             from files, and in reports from before this was noted.
+        block_finetuning: Relative error of every block's output on held-out text, before and after it was trained.
+        finetuning: What end-to-end finetuning did (`finetune.FinetuneReport` as plain data); empty without it.
     """
 
     model: str
@@ -108,6 +110,8 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     hessian_inputs: str = ""
+    block_finetuning: list[tuple[float, float]] = field(default_factory=list)
+    finetuning: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:

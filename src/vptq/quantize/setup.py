@@ -13,12 +13,14 @@ from vptq.errors import ConfigError
 from vptq.quantize.calibration import SELF
 from vptq.quantize.job import Job
 from vptq.quantize.solver import SolverConfig
+from vptq.quantize.training import TrainingConfig
 from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
 
 STORED_DTYPES = (torch.float16, torch.bfloat16)
 HESSIAN_INPUTS = ("quantized", "original", "both")
+FINETUNE = ("none", "block", "e2e", "both")
 
 
 def prepare(
@@ -39,6 +41,7 @@ def prepare(
     overwrite: bool,
     resume: bool,
     absorb_perm: bool,
+    finetune: str,
 ) -> Job:
     """Checks everything that can be checked without reading weights.
 
@@ -52,6 +55,14 @@ def prepare(
         chosen = dataclasses.replace(chosen, enable_perm=perm)
     if hessian_inputs not in HESSIAN_INPUTS:
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
+    if finetune not in FINETUNE:
+        raise ConfigError(f"--finetune is {finetune!r}; choose one of {', '.join(FINETUNE)}")
+    if finetune in ("block", "both") and (hessian_dir is not None or hessian_inputs == "original"):
+        raise ConfigError(
+            f"--finetune {finetune} trains on what the quantized model computes, which "
+            f"{'--hessian-dir' if hessian_dir is not None else '--hessian-inputs original'} does without; "
+            "choose --finetune e2e, or --hessian-inputs both or quantized"
+        )
     if sequences < 1 or seqlen < 2:
         raise ConfigError(f"--sequences is {sequences} and --seqlen {seqlen}; at least 1 and 2 are needed")
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -84,7 +95,9 @@ def prepare(
         overwrite=overwrite,
         resume=resume,
         absorb_perm=absorb_perm,
+        finetune=finetune,
         solver=SolverConfig(),
+        training=TrainingConfig(),
         workspace=Workspace(output),
     )
 

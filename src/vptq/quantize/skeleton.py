@@ -80,6 +80,46 @@ class Skeleton:
         self._unload_outside()
         return calls
 
+    def load_everything(self, dtype: torch.dtype) -> None:
+        """Puts all that is still on the meta device in place: the whole model then runs."""
+        self._load_outside(dtype)
+        for index in range(len(self.blocks)):
+            self.load_block(index, dtype)
+        self.model.tie_weights()  # type: ignore[operator]
+
+    def last_states(self, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """For each batch of the last block's outputs [batch, seqlen, width]: the same behind the final norm.
+
+        Raises:
+            ConfigError: the model does not say what its last hidden states are.
+        """
+        self._load_outside(dtype)
+        for batch in hidden:
+            yield self._finish(batch.to(self.device))
+        self._unload_outside()
+
+    @property
+    def _base(self) -> Any:
+        """The model without its output head."""
+        return self.model.get_decoder()  # type: ignore[operator]
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        """Runs the model's own code behind the blocks."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        for as_tuple in (False, True):
+            for block in self.blocks:
+                block.forward = lambda *args, wrap=as_tuple, **kwargs: (hidden,) if wrap else hidden
+            try:
+                with torch.no_grad():
+                    output = self._base(input_ids=tokens, use_cache=False)
+            finally:
+                for block in self.blocks:
+                    del block.forward
+            states = getattr(output, "last_hidden_state", None)
+            if isinstance(states, Tensor) and states.shape == hidden.shape:
+                return states
+        raise ConfigError(f"{type(self.model).__name__} does not give its last hidden states: it cannot be finetuned")
+
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Runs the model up to its last block with recorders in the blocks' places."""
         for as_tuple in (False, True):  # most blocks return a tensor; some architectures still index into a tuple

@@ -23,6 +23,7 @@ from torch import Tensor
 from vptq.checkpoint import save_tensors, staged_folder, write_json
 from vptq.config import LayerConfig
 from vptq.errors import ConfigError
+from vptq.quantize.block_tuning import TunedBlock
 from vptq.quantize.report import LayerReport
 from vptq.quantize.weights import WeightFiles
 from vptq.weight import QuantizedWeight
@@ -85,13 +86,20 @@ class Workspace:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         return WeightFiles(folder).load("tokens"), facts
 
-    def save_block(self, index: int, layers: Mapping[str, tuple[LayerReport, Mapping[str, Tensor]]]) -> None:
-        """Stores a finished block: for each layer its report and its tensors by on-disk name."""
+    def save_block(
+        self,
+        index: int,
+        layers: Mapping[str, tuple[LayerReport, Mapping[str, Tensor]]],
+        tuned: TunedBlock | None = None,
+    ) -> None:
+        """Stores a finished block: for each layer its report and its tensors by on-disk name, and what tuning did."""
         with staged_folder(self._block(index)) as staging:
             tensors = [
                 (f"{name}.{key}", tensor) for name, (_, stored) in layers.items() for key, tensor in stored.items()
             ]
-            save_tensors(staging, tensors)
+            save_tensors(staging, [*tensors, *(tuned.others.items() if tuned else ())])
+            if tuned is not None:
+                write_json(staging / "tuning.json", {"before": tuned.before, "after": tuned.after})
             write_json(staging / "layers.json", {name: asdict(report) for name, (report, _) in layers.items()})
 
     def has_block(self, index: int) -> bool:
@@ -116,6 +124,17 @@ class Workspace:
             config = LayerConfig.from_entry(report.entry, report.name)
             stored = {name.removeprefix(prefix): files.load(name) for name in files if name.startswith(prefix)}
             yield report.name, QuantizedWeight.from_tensors(config, stored, report.name)
+
+    def block_errors(self, index: int) -> tuple[float, float] | None:
+        """Error of a finished block's output before and after it was trained; None where it was not."""
+        path = self._block(index) / "tuning.json"
+        errors = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return None if errors is None else (errors["before"], errors["after"])
+
+    def block_others(self, index: int) -> dict[str, Tensor]:
+        """Trained tensors of a finished block outside its quantized layers, by full name."""
+        files, layers = WeightFiles(self._block(index)), tuple(f"{r.name}." for r in self.block_reports(index))
+        return {name: files.load(name) for name in files if not name.startswith(layers)}
 
     def remove(self) -> None:
         """Deletes the work folder."""

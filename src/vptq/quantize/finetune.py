@@ -1,0 +1,177 @@
+"""End-to-end finetuning: a quantized folder in, a folder of the same format and size out, closer to its original.
+
+Codebooks, column scales and biases, layer biases and norms are trained so that the model's next-token distributions
+become those of the original (KL divergence on the calibration text); indices, embeddings and the output head stay. The
+paper's 2-bit results need this step (arXiv 2409.17066, section 4 and appendix C.5), which was never released.
+
+    original, tokens -> last hidden states of the original, stored      one block in memory at a time
+    quantized folder -> Student -> Trainer, checked on held-out text    its state is stored at every check
+    best state       -> the folder again, with those tensors replaced
+
+Everything lies in the work folder as soon as it is finished, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vptq.checkpoint import save_tensors, staged_folder
+from vptq.errors import CalibrationError, VPTQError
+from vptq.quantize.activations import Activations
+from vptq.quantize.report import ProgressCallback, ProgressEvent
+from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.student import Student
+from vptq.quantize.training import Trainer, TrainingConfig
+from vptq.quantize.weights import WeightFiles
+
+TARGET_SHARD_BYTES = 1 << 28
+STAGE = "finetuning"
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What end-to-end finetuning did.
+
+    Attributes:
+        before: KL(original || quantized) a token on held-out text, in nats.
+        after: the same of what was kept; equal to `before` when training brought nothing.
+        steps: optimizer steps made.
+        history: [step, held-out divergence] of every check.
+        sequences: training sequences.
+        held_out: sequences that only judge.
+        trained: numbers that were trained.
+        seconds: wall-clock time, that of the original's states included.
+    """
+
+    before: float
+    after: float
+    steps: int
+    history: list[tuple[int, float]]
+    sequences: int
+    held_out: int
+    trained: int
+    seconds: float
+
+
+@dataclass
+class Finetuning:
+    """One run; what is already in `work` is not done again.
+
+    Attributes:
+        folder: the quantized model.
+        skeleton: the original.
+        tokens: [sequences, seqlen]; the last `held_out` are not trained on.
+        work: where intermediate results go.
+        dtype: what trained numbers are rounded to.
+        device: where to compute.
+    """
+
+    folder: Path
+    skeleton: Skeleton
+    tokens: Tensor
+    held_out: int
+    work: Path
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    config: TrainingConfig
+    progress: ProgressCallback
+    _targets: WeightFiles = field(init=False)
+
+    def run(self) -> tuple[FinetuneReport, dict[str, Tensor]]:
+        """Trains, and returns the tensors of the best state by name; none where training brought nothing.
+
+        Raises:
+            CalibrationError: there are too few sequences to train on some and judge by others.
+            VPTQError: the quantized model's predictions are not finite.
+        """
+        began = time.monotonic()
+        sequences = len(self.tokens) - self.held_out
+        if sequences < 1 or self.held_out < 1:
+            raise CalibrationError(
+                f"finetuning needs text to train on and text to judge by, but there are only {len(self.tokens)} "
+                "sequences; give a longer --calibration text, or a smaller --seqlen"
+            )
+        self._make_targets()
+        student = Student(self.folder, self.device)
+        steps = max(1, sequences * self.config.epochs // self.config.batch)
+        trainer = Trainer(student.trained(), self.dtype, self.config, steps)
+        trainer.restore(self.work / "training")
+        self._train(student, trainer)
+        losses = [loss for _, loss in trainer.history]
+        trained = sum(p.numel() for p in trainer.parameters.values())
+        report = FinetuneReport(
+            losses[0], min(losses), trainer.step, trainer.history, sequences, self.held_out, trained,
+            time.monotonic() - began,
+        )  # fmt: skip
+        return report, trainer.best if min(losses) < losses[0] else {}
+
+    def _train(self, student: Student, trainer: Trainer) -> None:
+        order = self._order(trainer.steps * self.config.batch)
+        if not trainer.history and not math.isfinite(self._check(student, trainer)):
+            raise VPTQError(f"{self.folder}: the quantized model's predictions are not finite; it cannot be finetuned")
+        while not trainer.done:
+            at = trainer.step * self.config.batch
+            batch = order[at : at + self.config.batch]
+            loss = sum(self._divergence(student, i, gradients=True) for i in batch) / len(batch)
+            if not math.isfinite(loss):
+                line = f"step {trainer.step + 1}: the divergence is not finite; finetuning ends here"
+                self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line))
+                return
+            trainer.advance()
+            message = f"step {trainer.step}: KL {loss:.4f}"
+            self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, layer=message))
+            if trainer.check_is_due():
+                self._check(student, trainer)
+
+    def _check(self, student: Student, trainer: Trainer) -> float:
+        held = range(len(self.tokens) - self.held_out, len(self.tokens))
+        loss = trainer.check(lambda: sum(self._divergence(student, i) for i in held) / self.held_out)
+        trainer.save(self.work / "training")
+        line = f"step {trainer.step}: KL on held-out text {loss:.5f}"
+        self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line))
+        return loss
+
+    def _divergence(self, student: Student, number: int, *, gradients: bool = False) -> float:
+        targets = self._targets.load(_name(number)).to(self.device)
+        return student.divergence(self.tokens[number : number + 1], targets[None], gradients=gradients)
+
+    def _order(self, wanted: int) -> list[int]:
+        """Sequence numbers, every one once before any comes again."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        while len(order) < wanted:
+            order += torch.randperm(len(self.tokens) - self.held_out, generator=generator).tolist()
+        return order
+
+    def _make_targets(self) -> None:
+        """The original's last hidden states of every sequence, stored in the dtype of the computation."""
+        folder = self.work / "targets"
+        if not folder.is_dir():
+            with staged_folder(folder) as staging:
+                save_tensors(staging, self._last_states(), TARGET_SHARD_BYTES)
+        self._targets = WeightFiles(folder)
+
+    def _last_states(self) -> Iterator[tuple[str, Tensor]]:
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        activations = Activations(self.skeleton, self.tokens, dtype)
+        blocks = len(self.skeleton.blocks)
+        for index in range(blocks):
+            self.progress(ProgressEvent("running the original", index, blocks))
+            self.skeleton.load_block(index, dtype)
+            activations.run_block(index, advance=True)
+            self.skeleton.unload_block(index)
+        batches = self.skeleton.last_states(activations.batches, dtype)
+        states = (sequence for batch in batches for sequence in batch.cpu())
+        return ((_name(number), sequence.contiguous()) for number, sequence in enumerate(states))
+
+
+def _name(number: int) -> str:
+    return f"sequence {number}"

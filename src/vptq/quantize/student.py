@@ -1,0 +1,125 @@
+"""A quantized model that is trained to answer as its original does, and what it is measured by.
+
+The teacher is the original's last hidden states, made once, one block in memory at a time; both go through the same
+output head, which is not trained. The student is the quantized model in float32, its indices as stored: dense weights
+exist for one decoder block at a time, because every block is checkpointed and looks its weights up again for its
+gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from vptq.checkpoint import Checkpoint
+from vptq.linear import Codebook, VQuantLinear
+from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.weights import WeightFiles
+
+POSITIONS_AT_ONCE = 256
+"""Tokens whose logits exist at a time: logits over a large vocabulary are the largest tensors around."""
+
+
+class Student:
+    """A quantized causal language model with gradients.
+
+    Attributes:
+        model: the transformers model, in eval mode, float32.
+        folder: where it came from.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Loads the model of `folder`.
+
+        Raises:
+            CheckpointError: the folder is no quantized model, or damaged.
+            ConfigError: transformers stores this architecture under other names than it runs it.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        stored = Checkpoint.open(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        skeleton = Skeleton(self.model, WeightFiles(folder), device)
+        for path in stored.layers():
+            layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
+            self.model.set_submodule(path, layer.to(device))
+        skeleton.load_everything(torch.float32)
+        self.folder = folder
+        self.device = device
+        for block in skeleton.blocks:
+            block.forward = partial(_checkpointed, block.forward)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What training moves, by name, asked for gradients: all floats of quantized layers, and the norms' vectors."""
+        self.model.requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, VQuantLinear):
+                module.train_floats()
+            elif not isinstance(module, nn.Embedding | nn.Linear | Codebook):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(parameter.dim() == 1)
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last hidden states [batch, seqlen, width] of tokens [batch, seqlen], the final norm applied."""
+        states: Tensor = self.model.get_decoder()(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of last hidden states [batch, positions, width]: head, scaling, capping."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        base = self.model.get_decoder()
+        base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        try:
+            logits: Tensor = self.model(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.int64)).logits
+        finally:
+            del base.forward
+        return logits
+
+    def divergence(self, tokens: Tensor, targets: Tensor, *, gradients: bool = False) -> float:
+        """Mean KL(original || student) a token, in nats.
+
+        Args:
+            tokens: [batch, seqlen].
+            targets: [batch, seqlen, width], the original's last hidden states.
+            gradients: add those of the result to the trained parameters.
+        """
+        with torch.set_grad_enabled(gradients):
+            hidden = self.hidden(tokens)
+        pull = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, tokens.shape[1], POSITIONS_AT_ONCE):
+            part = slice(first, first + POSITIONS_AT_ONCE)
+            piece = hidden[:, part].detach().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                loss = self._divergence_at(piece, targets[:, part].to(piece)) / tokens.numel()
+            total += float(loss.detach())
+            if gradients:
+                (pull[:, part],) = torch.autograd.grad(loss, piece)
+        if gradients:
+            hidden.backward(pull)  # type: ignore[no-untyped-call]
+        return float(total)
+
+    def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_p = functional.log_softmax(self.logits(target).float(), -1)
+        log_q = functional.log_softmax(self.logits(hidden).float(), -1)
+        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
