@@ -125,8 +125,18 @@ def command_of(report: Report, hessian_inputs: str) -> str:
     else:
         words.append(f"--hessian-inputs {hessian_inputs}")
         if text:
-            words.append(f"--calibration {text[3]} --sequences {text[1]} --seqlen {text[2]}")
+            sequences = int(text[1]) - report.finetuning.get("held_out", 0)
+            words.append(f"--calibration {text[3]} --sequences {sequences} --seqlen {text[2]}")
+    if finetuning_of(report) != "none":
+        words.append(f"--finetune {finetuning_of(report)}")
     return " ".join(words) + (f" --seed {report.seed}" if report.seed else "")
+
+
+def finetuning_of(report: Report) -> str:
+    """The value of --finetune that the run had."""
+    return {(False, False): "none", (True, False): "block", (False, True): "e2e", (True, True): "both"}[
+        bool(report.block_finetuning), bool(report.finetuning)
+    ]
 
 
 def row(folder: Path, original: WeightFiles, hessians: Path, hessian_inputs: str | None) -> dict[str, Any]:
@@ -151,6 +161,7 @@ def row(folder: Path, original: WeightFiles, hessians: Path, hessian_inputs: str
         "seconds": report.seconds,
         **PUBLISHED.get(report.spec, {}),
         "hessian_inputs": inputs,
+        "finetune": finetuning_of(report),
         "command": command_of(report, inputs),
     }
 

@@ -50,6 +50,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("spec", "spec", "`{}`"),
         Column("bits per weight", "bits_per_weight", "{:.2f}"),
         Column("Hessians of", "hessian_inputs"),
+        Column("finetuned", "finetune"),
         Column("perplexity", "perplexity", "{:.2f}"),
         Column("KL to the original", "divergence", "{:.3f}"),
         Column("mean proxy loss", "proxy_loss", "{:.2%}"),

@@ -164,7 +164,8 @@ class VQuantLinear(nn.Module):
         """Apply the layer.
 
         Args:
-            x: [..., in_features] in the layer's dtype; any strides, any number of rows.
+            x: [..., in_features] in the layer's dtype, or any float dtype under autocast; any strides, any number of
+                rows.
 
         Returns:
             [..., out_features] in the layer's dtype.
@@ -172,9 +173,11 @@ class VQuantLinear(nn.Module):
         Raises:
             ConfigError: `x` has the wrong width or dtype.
         """
-        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
-            check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
         bias = self._parameters["bias"]
+        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
+            if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+                return functional.linear(x, self.dequantize_with_gradient(), bias)
+            check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             # The operator has no backward of its own; the dense weight gives the exact one.
             return functional.linear(x, self.dequantize_with_gradient(), bias)

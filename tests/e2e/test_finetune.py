@@ -125,7 +125,13 @@ def test_blocks_are_trained_and_norms_with_them(
     lines: list[str] = []
     out = tmp_path / "out"
     report = vptq.quantize(
-        tiny_model_folder, out, SPEC, finetune="block", progress=lambda e: lines.append(e.message), sequences=64, seqlen=24
+        tiny_model_folder,
+        out,
+        SPEC,
+        finetune="block",
+        progress=lambda e: lines.append(e.message),
+        sequences=64,
+        seqlen=24,
     )
     assert len(report.block_finetuning) == 2
     assert all(after < before for before, after in report.block_finetuning), lines

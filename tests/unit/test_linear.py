@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from random_layers import FLOATS, layer_configs, random_weight
+from torch.nn import functional
 
 from vptq.config import LayerConfig, tensor_specs
 from vptq.errors import CheckpointError, ConfigError
@@ -139,3 +140,19 @@ def test_printing_says_how_big_it_is() -> None:
     text = repr(VQuantLinear.from_config(CONFIG))
     assert "in_features=40, out_features=24, bias=True" in text
     assert f"codebook 64, residual 16, {CONFIG.bits_per_weight:.2f} bits per weight" in text
+
+
+def test_autocast_gives_the_product_in_its_dtype_and_gradients_in_the_layers() -> None:
+    layer = VQuantLinear.from_weight(random_weight(LayerConfig(32, 24, 4, 16), torch.float32), torch.float32)
+    layer.train_floats()
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, functional.linear(x, layer.dequantize().bfloat16()))
+    y.sum().backward()
+    grad = layer.get_parameter("centroids.weight").grad
+    assert grad is not None
+    assert grad.dtype == torch.float32
+    with pytest.raises(ConfigError, match="bfloat16"):
+        layer(x)
