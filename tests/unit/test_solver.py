@@ -283,9 +283,9 @@ def test_nothing_that_was_given_is_changed() -> None:
 
 
 def test_two_small_codebooks_solved_jointly_come_near_what_they_can_hold_of_a_gaussian() -> None:
-    """Mean squared error at 2 bits a weight: greedy residual search gives 0.109, the rate-distortion bound is 0.0625."""
+    """Mean squared error at 2 bits a weight, whose bound is 0.0625; a greedy residual search gives about 0.1."""
     weight = torch.randn(512, 768, generator=seeded(0))
     config = LayerConfig(768, 512, 8, 256, num_residual_centroids=256)
     losses = quantize_weight(weight, torch.eye(768), config, seeded(1)).losses
-    assert losses["k-means"] > 0.1
-    assert last(losses) < 0.094
+    assert losses["k-means"] > 0.096
+    assert last(losses) < 0.09
