@@ -1,4 +1,4 @@
-"""`vptq eval --tasks` on a quantized folder, over tasks that people report, with prompts and data as lm-eval has them."""
+"""`vptq eval --tasks` on a quantized folder, over the tasks that people report: their prompts and their data."""
 
 import json
 import shutil
