@@ -54,7 +54,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Measure perplexity, zero-shot tasks, and the divergence from the original.
+    """Measure perplexity, divergence and zero-shot tasks.
 
     \b
     vptq eval DIR --reference MODEL --text wikitext2 --text mine.txt --windows 20
