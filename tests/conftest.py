@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -70,3 +72,61 @@ def tiny_model(tiny_model_folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{validation: {data}}}
+  cache_dir: {cache}
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+metadata: {{version: 1.0}}
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+LAST_WORD = """
+output_type: loglikelihood
+doc_to_target: " {{choices[label]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks() -> list[dict[str, Any]]:
+    """Multiple-choice questions over `WORDS`, with choices of one to three words."""
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(draw.choices(WORDS, k=count))
+
+    return [
+        {
+            "question": words(draw.randint(2, 9)),
+            "choices": [words(draw.randint(1, 3)) for _ in range(4)],
+            "label": draw.randrange(4),
+        }
+        for _ in range(30)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_task_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tasks: list[dict[str, Any]]) -> Path:
+    """lm-eval task files over `tiny_tasks`: tiny_choices, tiny_examples (two in every prompt), and tiny_last_word."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in tiny_tasks))
+    kinds = {
+        "tiny_choices": CHOICES,
+        "tiny_examples": CHOICES + "num_fewshot: 2\nfewshot_split: validation\n",
+        "tiny_last_word": LAST_WORD,
+    }
+    for name, kind in kinds.items():
+        head = TASK.format(name=name, data=data, cache=folder / "cache")
+        (folder / f"{name}.yaml").write_text(head + kind)
+    return folder

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vptq.cli import app, generate, main
+from vptq.cli import app, generate
 
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS: Any = typer.main.get_command(app)
@@ -25,25 +25,15 @@ PROMISED = {
         *("--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
     },
-    "eval": {"--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"},
+    "eval": {
+        *("--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"),
+        *("--tasks", "--task-dir", "--limit", "--batch-size"),
+    },
     "info": {"--layers", "--no-layers"},
     "env": set(),
 }
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def command(name: str) -> Any:
@@ -89,6 +79,9 @@ def test_the_readme_shows_every_command() -> None:
         (["quantize", "model", "-o", "out", "--dtype", "int8"], "--dtype"),
         (["eval"], "MODEL"),
         (["eval", "model", "--seqlen", "1"], "--seqlen"),
+        (["eval", "model", "--tasks", "piqa", "--limit", "0"], "--limit"),
+        (["eval", "model", "--tasks", "piqa", "--batch-size", "0"], "--batch-size"),
+        (["eval", "model", "--tasks", " , "], "--tasks"),
         (["info"], "SPEC"),
     ],
 )
@@ -119,6 +112,9 @@ def test_wrong_usage_exits_with_2(
         (["eval", "MODEL", "--text", "./no.txt"], "no text at"),
         (["eval", "MODEL", "--text", "EMPTY"], "is empty"),
         (["eval", "MODEL", "--text", "TEXT", "--json", "no/such/folder/file.json"], "--json"),
+        (["eval", "MODEL", "--tasks", "piqa", "--task-dir", "./no"], "no folder no to read task files from"),
+        (["eval", "MODEL", "--limit", "3"], "there are no tasks"),
+        (["eval", "MODEL", "--tasks", "piqa", "--windows", "3"], "only tasks are measured"),
         (["info", "./missing"], "no folder ./missing"),
         (["info", "Llama-3-8B"], "not a quantization spec"),
         (["info", "MODEL"], "not a quantized model"),
@@ -178,26 +174,6 @@ def test_env_names_every_backend_with_a_reason(run: Run) -> None:
         assert re.search(rf"^{backend.name} +(in use|not used) +\S", out, re.MULTILINE)
         assert backend.reason.split()[0] in flat
     assert "torch" in flat
-
-
-def test_eval_prints_and_writes_the_figures(run: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
-    import json
-
-    text, figures = tmp_path / "text.txt", tmp_path / "figures.json"
-    text.write_text("ba de fi go ku " * 20)
-    status, out, err = run(
-        *("eval", tiny_model_folder, "--reference", tiny_model_folder, "--text", text),
-        *("--seqlen", "16", "--windows", "3", "--json", figures, "--device", "cpu"),
-    )
-    assert (status, err) == (0, "")
-    measured = json.loads(figures.read_text())
-    assert (measured["windows"], measured["seqlen"]) == (3, 16)
-    assert measured["kl_divergence"] == pytest.approx(0, abs=1e-9)
-    assert f"{measured['perplexity']:.4f}" in out
-    status, _, err = run("eval", tiny_model_folder, "--text", text, "--seqlen", "512", "--device", "cpu")
-    assert status == 0
-    assert err.startswith("warning: ")
-    assert "only 100 tokens" in err
 
 
 def test_a_prompt_is_continued(run: Run, tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:

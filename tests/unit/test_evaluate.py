@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,26 @@ def test_evaluate_is_the_same_measurement_from_paths(
     loaded = vptq.evaluate(tiny_model, text=text, seqlen=20, windows=2, tokenizer=tiny_tokenizer)
     assert loaded.perplexity == result.perplexity
     assert loaded.reference is None
+
+
+def test_every_text_is_measured_as_if_alone_and_the_first_is_the_evaluations_own(
+    tiny_model: PreTrainedModel, changed_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    texts[0].write_text("ba de fi go ku " * 8)
+    texts[1].write_text("lo ma ne pi ru " * 9)
+    seen: list[tuple[str, int, int]] = []
+    options: dict[str, Any] = {"seqlen": 20, "tokenizer": tiny_tokenizer}
+    both = vptq.evaluate(
+        *(tiny_model, changed_model, texts), **options, progress=lambda *event: seen.append(event)
+    ).to_dict()
+    alone = [vptq.evaluate(tiny_model, changed_model, text, **options).to_dict() for text in texts]
+    assert list(both["texts"]) == [scores for each in alone for scores in each["texts"]]
+    assert both["texts"][0]["perplexity"] != both["texts"][1]["perplexity"]
+    assert both["tasks"] == ()
+    same = set(alone[0]) - {"texts", "seconds"}
+    assert {key: both[key] for key in same} == {key: alone[0][key] for key in same}
+    assert seen == [(str(text), done, 2) for text in texts for done in (1, 2)]
 
 
 def test_evaluate_refuses_before_it_loads_a_model(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from vptq.cli.console import messages, output, plain_table, print_warning, quiet_transformers
+from vptq.cli.console import facts, messages, output, plain_table, print_warning, quiet_transformers
 from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
 from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vptq.evaluate import Evaluation
+    from vptq.evaluate import Estimate, Evaluation
 
 
 def evaluate(
@@ -22,69 +23,135 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
     ],
     reference: Annotated[
-        str | None, typer.Option("--reference", help="The original model, to measure the divergence from.")
+        str | None, typer.Option("--reference", help="The original model, to compare with and measure divergence from.")
     ] = None,
     text: Annotated[
-        str, typer.Option("--text", help="A text file, wikitext2, c4, or a hub data set NAME[:CONFIG][@SPLIT].")
-    ] = "wikitext2",
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="<str>",
+            help="A text file, wikitext2, c4, or a hub data set NAME[:CONFIG][@SPLIT]; give it again for more texts."
+            "  [default: wikitext2, or none with --tasks]",
+        ),
+    ] = None,
     seqlen: SeqlenOption = 2048,
     windows: Annotated[
-        int | None, typer.Option("--windows", min=1, help="Windows of the text, from its beginning.  [default: all]")
+        int | None, typer.Option("--windows", min=1, help="Windows of each text, from its beginning.  [default: all]")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Zero-shot tasks by their names in lm-eval, commas between: hellaswag,piqa."),
+    ] = None,
+    task_dir: Annotated[
+        Path | None,
+        typer.Option("--task-dir", help="Folder with lm-eval task files (YAML) of your own; code they name is run."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Examples of each task, from its beginning.  [default: all]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests of tasks to run at once.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Measure perplexity, and the divergence from the original."""
+    """Measure perplexity, divergence and zero-shot tasks.
+
+    \b
+    vptq eval DIR --reference MODEL --text wikitext2 --text mine.txt --windows 20
+    vptq eval DIR --reference MODEL --tasks hellaswag,piqa,arc_easy --limit 500
+    """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ConfigError(f"--json {json_file} is no file in a folder that exists; choose another")
+    task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not task_names:
+        raise typer.BadParameter("it names no task", param_hint="--tasks")
     quiet_transformers()
     from vptq.evaluate import evaluate as evaluate_model
 
-    with _bar() as bar:
-        task = bar.add_task("loading", total=None)
+    with _Bars() as bars:
         result = evaluate_model(
             model,
             reference,
-            text,
+            text or None,
             seqlen,
             windows,
+            tasks=task_names,
+            task_dir=task_dir,
+            limit=limit,
+            batch_size=batch_size,
             device=device,
             dtype="auto" if dtype is None else dtype.value,
-            progress=lambda done, total: bar.update(task, description="evaluating", completed=done, total=total),
+            progress=bars.show,
         )
-    if result.seqlen < seqlen:
-        print_warning(f"text {text} has only {result.seqlen} tokens, less than one window of {seqlen}; used those")
+    for scores in result.texts:
+        if scores.seqlen < seqlen:
+            print_warning(
+                f"text {scores.text} has only {scores.seqlen} tokens, less than one window of {seqlen}; used those"
+            )
     _print_result(result)
     if json_file is not None:
         _write_json(result, json_file)
 
 
-def _bar() -> Progress:
-    console = messages()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+class _Bars(Progress):
+    """A bar for what is being measured, with an estimate of the time left."""
+
+    def __init__(self) -> None:
+        console = messages()
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=3600,  # a plain average: requests come longest first
+            transient=True,
+        )
+        self._what = "loading"
+        self._bar = self.add_task(self._what, total=None)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.remove_task(self._bar)
+            self._what, self._bar = what, self.add_task(what)
+        self.update(self._bar, completed=done, total=total)
 
 
 def _print_result(result: Evaluation) -> None:
-    table = plain_table("", "perplexity", "KL to original (nats)", "same top token")
-    if result.reference is not None:
-        table.add_row(result.reference, f"{result.reference_perplexity:.4f}", "", "")
-    divergence = "" if result.kl_divergence is None else f"{result.kl_divergence:.5f}"
-    same_top = "" if result.same_top_token is None else f"{result.same_top_token:.2%}"
-    table.add_row(result.model, f"{result.perplexity:.4f}", divergence, same_top)
     console = output()
-    console.print(table)
-    console.print(
-        f"{result.text}: {result.windows} windows of {result.seqlen} tokens in {result.seconds:.1f} s", style="dim"
-    )
+    names = {"model": result.model} | ({"original": result.reference} if result.reference is not None else {})
+    console.print(facts(names))
+    for table in ([_text_table(result)] if result.texts else []) + ([_task_table(result)] if result.tasks else []):
+        console.print()
+        console.print(table)
+    console.print(f"{result.seconds:.1f} s", style="dim")
+
+
+def _text_table(result: Evaluation) -> Table:
+    compared = ("original's", "KL to original (nats)", "same top token") if result.reference is not None else ()
+    table = plain_table("text", "windows", "perplexity", *compared)
+    for scores in result.texts:
+        row = [scores.text, f"{scores.windows} x {scores.seqlen}", f"{scores.perplexity:.4f}"]
+        if result.reference is not None:
+            row += [f"{scores.reference_perplexity:.4f}", f"{scores.kl_divergence:.5f}", f"{scores.same_top_token:.2%}"]
+        table.add_row(*row)
+    return table
+
+
+def _task_table(result: Evaluation) -> Table:
+    table = plain_table("task", "examples", "", "model", *(("original",) if result.reference is not None else ()))
+    for scores in result.tasks:
+        for metric, estimate in scores.metrics.items():
+            row = [scores.task, f"{scores.examples:,}", metric, _with_error(estimate)]
+            if scores.reference_metrics is not None:
+                row.append(_with_error(scores.reference_metrics[metric]))
+            table.add_row(*row)
+    return table
+
+
+def _with_error(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f}" + ("" if estimate.stderr is None else f" ± {estimate.stderr:.4f}")
 
 
 def _write_json(result: Evaluation, path: Path) -> None:
