@@ -49,8 +49,8 @@ def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str = "v4-k
     """A checked request with its work folder open, and the defaults of `vptq.quantize`."""
     options: dict[str, Any] = {
         **{"calibration": "self", "sequences": 4, "seqlen": 16, "seed": 0, "device": "cpu", "dtype": None},
-        **{"hessian_dir": None, "hessian_inputs": "quantized", "norm": None, "perm": None},
-        **{"overwrite": False, "resume": False, "absorb_perm": True},
+        **{"hessian_dir": None, "hessian_inputs": "quantized", "hessian": "plain", "norm": None, "perm": None},
+        **{"overwrite": False, "resume": False, "absorb_perm": True, "finetune": "none"},
     }
     job = prepare(model, output, spec, **(options | changes))
     job.enter_workspace()

@@ -25,6 +25,13 @@ class StoredType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Hessian(str, Enum):
+    """What calibration tokens count."""
+
+    plain = "plain"
+    fisher = "fisher"
+
+
 class Finetune(str, Enum):
     """What is trained after quantizing."""
 
@@ -83,6 +90,14 @@ def quantize(
             help="Whose activations the Hessians are made of; both gives the best model, original the quickest run.",
         ),
     ] = HessianInputs.both,
+    hessian: Annotated[
+        Hessian,
+        typer.Option(
+            "--hessian",
+            help="plain: calibration tokens count alike; fisher: as much as the model's loss feels errors there (one "
+            "backward pass of the whole original).",
+        ),
+    ] = Hessian.plain,
     norm: Annotated[
         bool | None, typer.Option("--norm/--no-norm", help="Normalize input columns.  [default: what the spec says]")
     ] = None,
@@ -139,6 +154,7 @@ def quantize(
             dtype=None if dtype is None else getattr(torch, dtype.value),
             hessian_dir=hessian_dir,
             hessian_inputs=hessian_inputs.value,
+            hessian=hessian.value,
             norm=norm,
             perm=perm,
             overwrite=overwrite,

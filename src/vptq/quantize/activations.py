@@ -119,16 +119,27 @@ class Activations:
         groups: Sequence[InputGroup],
         visit: Callable[[int], None] | None = None,
         *,
+        weights: Sequence[Tensor | None] | None = None,
         advance: bool = False,
     ) -> list[HessianAccumulator]:
-        """One pass over all batches that accumulates the Hessian of each group; stops early unless `advance`."""
+        """One pass over all batches that accumulates the Hessian of each group; stops early unless `advance`.
+
+        Args:
+            index: the block; its weights are loaded.
+            groups: whose inputs.
+            visit: as in `run_block`.
+            weights: for each group, what every token counts [sequences, seqlen]; None where all count alike.
+            advance: replace the hidden states by the block's outputs.
+        """
         linears = self._skeleton.linears(index)
         accumulators = [HessianAccumulator(group.features, self._skeleton.device) for group in groups]
         last = len(groups) - 1
 
         def accumulate(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            parts = itertools.chain(self.split(weights[number] if weights else None), itertools.repeat(None))
+
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[number].add(args[0])
+                accumulators[number].add(args[0], next(parts))
                 if number == last and len(groups) == 1 and not advance:
                     raise Stop
 
@@ -137,6 +148,13 @@ class Activations:
         with _hooks(linears[group.names[0]].register_forward_pre_hook(accumulate(n)) for n, group in enumerate(groups)):
             self.run_block(index, visit, advance=advance)
         return accumulators
+
+    def split(self, weights: Tensor | None) -> Sequence[Tensor | None]:
+        """For each batch, its part of something a token [sequences, seqlen]."""
+        if weights is None:
+            return [None] * len(self.batches)
+        parts: list[Tensor] = list(weights.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
+        return parts
 
     def inputs_of(self, name: str, index: int, block: nn.Module | None = None) -> Iterator[Tensor | None]:
         """For each batch, what linear layer `name` is first given in block `index`, or in `block` in its place."""

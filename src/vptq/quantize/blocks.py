@@ -22,6 +22,7 @@ from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.block_tuning import TunedBlock, tune_block
+from vptq.quantize.fisher import group_weights
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
 from vptq.quantize.memory import return_freed_memory
@@ -45,6 +46,7 @@ class BlockSolver:
 
     Attributes:
         activations: hidden states at the input of the next block; None when Hessians come from files.
+        token_weights: what each calibration token counts to a layer, by module path; all alike where it is missing.
         warnings: lines for the report, collected while solving.
         layers_done: for the progress bar.
     """
@@ -52,6 +54,7 @@ class BlockSolver:
     job: Job
     skeleton: Skeleton
     activations: Activations | None
+    token_weights: Mapping[str, Tensor]
     progress: ProgressCallback
     warnings: list[str] = field(default_factory=list)
     layers_done: int = 0
@@ -101,7 +104,8 @@ class BlockSolver:
             if self._original is not None and before is not None and not at_once:
                 moments = [self._paired(activations, index, some[0], before)]
             else:
-                accumulated = activations.hessians(index, some, advance=original)
+                weights = [self._weights(index, group) for group in some]
+                accumulated = activations.hessians(index, some, weights=weights, advance=original)
                 moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
             solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
         tuned = None
@@ -139,9 +143,9 @@ class BlockSolver:
         assert self._original is not None
         paired, name = PairedAccumulator(group.features, self.job.device), group.names[0]
         streams = self._original.inputs_of(name, index, before), activations.inputs_of(name, index)
-        for x, y in zip(*streams, strict=True):
+        for x, y, counts in zip(*streams, activations.split(self._weights(index, group)), strict=True):
             if y is not None:  # an expert may get other tokens than it did, or none
-                paired.add(y if x is None or x.shape != y.shape else x, y)
+                paired.add(y if x is None or x.shape != y.shape else x, y, counts)
         return self._moments(index, group, paired)
 
     def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:
@@ -203,6 +207,9 @@ class BlockSolver:
                 linear.bias.data.copy_(tensors["bias"])
         for name, tensor in others.items():
             self.skeleton.blocks[index].get_parameter(name.removeprefix(self._path(index, ""))).data.copy_(tensor)
+
+    def _weights(self, index: int, group: InputGroup) -> Tensor | None:
+        return group_weights(self.token_weights, [self._path(index, name) for name in group.names])
 
     def _moments(self, index: int, group: InputGroup, seen: HessianAccumulator | PairedAccumulator) -> Moments:
         """A group's moments; the identity, with a warning, for layers that no text has reached (rare experts)."""

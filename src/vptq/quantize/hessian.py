@@ -59,9 +59,9 @@ class HessianAccumulator:
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Adds inputs [..., n] of any float dtype; products and sums are float32."""
-        rows = inputs.reshape(-1, self.features).float()
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Adds inputs [..., n] of any float dtype, each times its weight [...]; products and sums are float32."""
+        rows = weighted(inputs.reshape(-1, self.features).float(), weights)
         self._sum.addmm_(rows.T, rows)
         self.tokens += len(rows)
 
@@ -81,6 +81,13 @@ class HessianAccumulator:
     def moments(self, _damping: float) -> Moments:
         """The Hessian alone; see `hessian`."""
         return Moments(self.hessian())
+
+
+def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows [N, n] whose outer products count `weights` [N] times; as they are where the weights are not theirs."""
+    if weights is None or weights.numel() != len(rows):
+        return rows
+    return rows * weights.reshape(-1, 1).to(rows).sqrt()
 
 
 class PairedAccumulator:
@@ -105,9 +112,10 @@ class PairedAccumulator:
         """How many pairs of inputs were added."""
         return self._original.tokens
 
-    def add(self, original: Tensor, quantized: Tensor) -> None:
-        """Adds inputs [..., n] of the same tokens, any float dtype."""
-        x, y = (inputs.reshape(-1, self._original.features).float() for inputs in (original, quantized))
+    def add(self, original: Tensor, quantized: Tensor, weights: Tensor | None = None) -> None:
+        """Adds inputs [..., n] of the same tokens, any float dtype, each token times its weight [...]."""
+        both = (inputs.reshape(-1, self._original.features).float() for inputs in (original, quantized))
+        x, y = (weighted(inputs, weights) for inputs in both)
         self._original.add(x)
         self._quantized.add(y)
         self._cross.addmm_((x - y).T, y)

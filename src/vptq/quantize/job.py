@@ -49,6 +49,7 @@ class Job:
     dtype: torch.dtype
     hessian_dir: Path | None
     hessian_inputs: str
+    hessian: str
     overwrite: bool
     resume: bool
     absorb_perm: bool
@@ -101,6 +102,7 @@ class Job:
             "dtype": str(self.dtype).removeprefix("torch."),
             "hessian_dir": str(self.hessian_dir) if self.hessian_dir else None,
             "hessian_inputs": self.hessian_inputs,
+            "hessian": self.hessian,
             "absorb_perm": self.absorb_perm,
             "finetune": self.finetune,
             "solver": dataclasses.asdict(self.solver),
@@ -148,7 +150,7 @@ class Job:
         def make() -> tuple[Tensor, dict[str, Any]]:
             wanted = self.sequences + self.held_out
             made = load_calibration(
-                self.calibration, self.tokenizer(), wanted, self.seqlen, self.seed, self._whole_model, progress
+                self.calibration, self.tokenizer(), wanted, self.seqlen, self.seed, self.whole_model, progress
             )
             return made.tokens, {"description": made.description, "warning": made.warning}
 
@@ -246,7 +248,8 @@ class Job:
             raise CheckpointError(f"{self.source}: no file of it holds {', '.join(sorted(loading['missing_keys']))}")
         return model
 
-    def _whole_model(self) -> Any:
+    def whole_model(self) -> Any:
+        """The original in memory, all of it."""
         if self.memory_model is not None:
             return self.memory_model
         spilled = self.workspace.folder / "original"

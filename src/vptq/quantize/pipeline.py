@@ -22,6 +22,7 @@ from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.finetune import Finetuning
+from vptq.quantize.fisher import token_weights
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import tied_names, unquantized, write_output
@@ -44,6 +45,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     hessian_dir: str | Path | None = None,
     hessian_inputs: str = "both",
+    hessian: str = "plain",
     norm: bool | None = None,
     perm: bool | None = None,
     overwrite: bool = False,
@@ -67,6 +69,8 @@ def quantize(
         hessian_dir: read Hessians from QuIP#/VPTQ files instead of calibrating.
         hessian_inputs: "both", "quantized" or "original": whose activations the Hessians are made of. "both" gives the
             best model; "original" is the quickest, with one pass a block instead of ten.
+        hessian: "plain": every calibration token counts alike; "fisher": as much as the model's loss feels a layer's
+            error there, which takes a backward pass of the whole original.
         norm: column normalization; None is what the spec says.
         perm: column permutation; None is what the spec says.
         overwrite: replace an output folder that exists.
@@ -88,7 +92,7 @@ def quantize(
     job = prepare(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
-        hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
+        hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
         absorb_perm=absorb_perm, finetune=finetune,
     )  # fmt: skip
     keep_large_tensors_out_of_the_heap()
@@ -128,6 +132,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         skipped=unquantized(skeleton, configs),
         warnings=warnings,
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
+        hessian=job.hessian if job.hessian_dir is None else "",
     )
     errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
     report.block_finetuning = [pair for pair in errors if pair is not None]
@@ -177,8 +182,11 @@ def _solve(
     job: Job, skeleton: Skeleton, text: _Text, progress: ProgressCallback, warnings: list[str]
 ) -> list[LayerReport]:
     """Every block's layers, quantized and stored."""
-    activations = None
+    activations, weights = None, {}
     if job.hessian_dir is None:
-        activations = Activations(skeleton, text.tokens[: len(text.tokens) - text.held_out], job.compute_dtype)
-    blocks = BlockSolver(job, skeleton, activations, progress, warnings)
+        tokens = text.tokens[: len(text.tokens) - text.held_out]
+        if job.hessian == "fisher":
+            weights = job.workspace.token_weights(lambda: token_weights(job.whole_model(), tokens, progress))
+        activations = Activations(skeleton, tokens, job.compute_dtype)
+    blocks = BlockSolver(job, skeleton, activations, weights, progress, warnings)
     return [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]

@@ -20,6 +20,7 @@ from vptq.spec import QuantSpec
 
 STORED_DTYPES = (torch.float16, torch.bfloat16)
 HESSIAN_INPUTS = ("quantized", "original", "both")
+HESSIANS = ("plain", "fisher")
 FINETUNE = ("none", "block", "e2e", "both")
 
 
@@ -36,6 +37,7 @@ def prepare(
     dtype: torch.dtype | None,
     hessian_dir: Path | None,
     hessian_inputs: str,
+    hessian: str,
     norm: bool | None,
     perm: bool | None,
     overwrite: bool,
@@ -55,6 +57,10 @@ def prepare(
         chosen = dataclasses.replace(chosen, enable_perm=perm)
     if hessian_inputs not in HESSIAN_INPUTS:
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
+    if hessian not in HESSIANS:
+        raise ConfigError(f"--hessian is {hessian!r}; choose one of {', '.join(HESSIANS)}")
+    if hessian == "fisher" and hessian_dir is not None:
+        raise ConfigError("--hessian fisher weighs the tokens of calibration text; --hessian-dir does without any")
     if finetune not in FINETUNE:
         raise ConfigError(f"--finetune is {finetune!r}; choose one of {', '.join(FINETUNE)}")
     if finetune in ("block", "both") and (hessian_dir is not None or hessian_inputs == "original"):
@@ -92,6 +98,7 @@ def prepare(
         dtype=dtype or _stored_dtype(config),
         hessian_dir=hessian_dir,
         hessian_inputs=hessian_inputs,
+        hessian=hessian,
         overwrite=overwrite,
         resume=resume,
         absorb_perm=absorb_perm,

@@ -8,12 +8,14 @@ replaced by a recorder, so that no block signature is known here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vptq.errors import ConfigError
 from vptq.quantize.weights import WeightFiles
@@ -194,6 +196,17 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     """Path inside `module` -> linear layer, in the order of definition."""
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def recompute(block: nn.Module) -> None:
+    """Lets a block keep only its inputs for the backward pass, and run again there; `del block.forward` undoes it."""
+    block.forward = partial(_run_again, block.forward)
+
+
+def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

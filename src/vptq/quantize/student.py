@@ -8,22 +8,18 @@ gradients.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from vptq.checkpoint import Checkpoint
 from vptq.linear import Codebook, VQuantLinear
-from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.head import logits_of, loss_in_slices
+from vptq.quantize.skeleton import Skeleton, recompute
 from vptq.quantize.weights import WeightFiles
-
-POSITIONS_AT_ONCE = 256
-"""Tokens whose logits exist at a time: logits over a large vocabulary are the largest tensors around."""
 
 
 class Student:
@@ -58,7 +54,7 @@ class Student:
         self.folder = folder
         self.device = device
         for block in skeleton.blocks:
-            block.forward = partial(_checkpointed, block.forward)
+            recompute(block)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What training moves, by name, asked for gradients: all floats of quantized layers, and the norms' vectors."""
@@ -76,18 +72,6 @@ class Student:
         states: Tensor = self.model.get_decoder()(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         return states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of last hidden states [batch, positions, width]: head, scaling, capping."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        base = self.model.get_decoder()
-        base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
-        try:
-            logits: Tensor = self.model(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.int64)).logits
-        finally:
-            del base.forward
-        return logits
-
     def divergence(self, tokens: Tensor, targets: Tensor, *, gradients: bool = False) -> float:
         """Mean KL(original || student) a token, in nats.
 
@@ -98,20 +82,12 @@ class Student:
         """
         with torch.set_grad_enabled(gradients), self._precision():
             hidden = self.hidden(tokens)
-        hidden = hidden.float()
-        pull = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float64)
-        for first in range(0, tokens.shape[1], POSITIONS_AT_ONCE):
-            part = slice(first, first + POSITIONS_AT_ONCE)
-            piece = hidden[:, part].detach().requires_grad_(gradients)
-            with torch.set_grad_enabled(gradients):
-                loss = self._divergence_at(piece, targets[:, part].to(piece)) / tokens.numel()
-            total += float(loss.detach())
-            if gradients:
-                (pull[:, part],) = torch.autograd.grad(loss, piece)
-        if gradients:
-            hidden.backward(pull)  # type: ignore[no-untyped-call]
-        return float(total)
+        count = tokens.numel()
+        return loss_in_slices(
+            hidden.float(),
+            lambda piece, part: self._divergence_at(piece, targets[:, part]) / count,
+            gradients=gradients,
+        )
 
     def _precision(self) -> Any:
         """Matrix products in bfloat16 on GPUs that have it; trained numbers and their sums stay float32."""
@@ -120,12 +96,6 @@ class Student:
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = functional.log_softmax(self.logits(target).float(), -1)
-        log_q = functional.log_softmax(self.logits(hidden).float(), -1)
+            log_p = functional.log_softmax(logits_of(self.model, target.to(hidden)).float(), -1)
+        log_q = functional.log_softmax(logits_of(self.model, hidden).float(), -1)
         return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-
-
-def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -86,6 +86,16 @@ class Workspace:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         return WeightFiles(folder).load("tokens"), facts
 
+    def token_weights(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What every token counts to each layer, made by `make` the first time."""
+        folder = self.folder / "token_weights"
+        if not folder.is_dir():
+            weights = make()
+            with staged_folder(folder) as staging:
+                save_tensors(staging, weights.items())
+        files = WeightFiles(folder)
+        return {path: files.load(path) for path in files}
+
     def save_block(
         self,
         index: int,
