@@ -37,7 +37,7 @@ class TrainingConfig:
         patience: checks without a better result after which training ends.
     """
 
-    rate: float = 3e-3
+    rate: float = 2.5e-3
     epochs: int = 1
     batch: int = 1
     warmup: float = 0.1
