@@ -89,6 +89,14 @@ def quantize(
             "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
         ),
     ] = True,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
+            " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
@@ -127,6 +135,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             absorb_perm=absorb_perm,
+            rotate=rotate,
             progress=bars,
         )
     _print_summary(report, output_dir)

@@ -21,9 +21,10 @@ from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
-from vptq.quantize.output import tied_names, unquantized, write_output
+from vptq.quantize.output import unquantized, write_output
 from vptq.quantize.report import ProgressCallback, Report
 from vptq.quantize.setup import prepare
+from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
 
 
@@ -45,6 +46,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     absorb_perm: bool = True,
+    rotate: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -67,6 +69,8 @@ def quantize(
         overwrite: replace an output folder that exists.
         resume: go on with an interrupted run.
         absorb_perm: fold the permutation into the indices where the format allows it.
+        rotate: fold random rotations into the weights first, which changes no output of the model and spreads its
+            outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
         progress: told about every step.
 
     Returns:
@@ -82,7 +86,7 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm,
+        absorb_perm=absorb_perm, rotate=rotate,
     )  # fmt: skip
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
@@ -102,6 +106,9 @@ def quantize(
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     skeleton = job.open_skeleton()
     warnings = job.check_layers(skeleton, progress)
+    if job.rotate:
+        skeleton, untied = job.fold_rotations(skeleton, progress)
+        warnings += untied
     calibration = f"Hessian files of {job.hessian_dir}"
     activations = None
     if job.hessian_dir is None:
@@ -113,7 +120,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     layers = [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]
     configs = {layer.name: LayerConfig.from_entry(layer.entry, layer.name) for layer in layers}
     weights = sum(config.in_features * config.out_features for config in configs.values())
-    tied = tied_names(skeleton.model)
+    tied = tied_weights(skeleton.model)
     report = Report(
         model=job.name,
         spec=job.spec.name,
@@ -128,6 +135,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         skipped=unquantized(skeleton, configs),
         warnings=warnings,
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
+        rotated=job.rotate,
     )
     write_output(
         job.output, skeleton, job.workspace, configs, job.dtype, job.tokenizer(), job.generation_config(), report,

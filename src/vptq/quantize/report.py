@@ -89,10 +89,11 @@ class Report:
         seed: Of everything random.
         quantized_weights: Weights in quantized layers.
         total_weights: Parameters of the whole model, tied ones counted once.
-        skipped: Parameters left as they were, path -> why.
+        skipped: Parameters left as they were, or only rotated, path -> why.
         warnings: Lines worth reading.
         hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
             from files, and in reports from before this was noted.
+        rotated: Whether rotations were folded into the weights before.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     hessian_inputs: str = ""
+    rotated: bool = False
 
     @property
     def mean_loss(self) -> float:

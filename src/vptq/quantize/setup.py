@@ -39,6 +39,7 @@ def prepare(
     overwrite: bool,
     resume: bool,
     absorb_perm: bool,
+    rotate: bool,
 ) -> Job:
     """Checks everything that can be checked without reading weights.
 
@@ -58,6 +59,11 @@ def prepare(
         raise ConfigError(f"--dtype is {dtype}; a checkpoint is stored in float16 or bfloat16")
     if hessian_dir is not None and not hessian_dir.is_dir():
         raise ConfigError(f"--hessian-dir: there is no folder {hessian_dir}")
+    if hessian_dir is not None and rotate:
+        raise ConfigError(
+            f"--rotate with --hessian-dir {hessian_dir}: those Hessians belong to the model without rotations; leave"
+            " one of the two out"
+        )
     if output.exists() and not overwrite and not resume:
         raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
     if output.exists() and resume:
@@ -84,6 +90,7 @@ def prepare(
         overwrite=overwrite,
         resume=resume,
         absorb_perm=absorb_perm,
+        rotate=rotate,
         solver=SolverConfig(),
         workspace=Workspace(output),
     )
