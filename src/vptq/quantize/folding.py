@@ -48,8 +48,8 @@ HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 CHECK_TOKENS = 32
 TOLERANCE = 1e-3
-"""Difference of the logits over their size. Float32 rounding stays well below it (docs/algorithm.md), and what the
-rotations do not account for changes the logits by as much as they are."""
+"""Difference of the logits over their size. Float32 rounding makes it 1.6e-6 on SmolLM2-135M, and more in deeper
+models; what the rotations do not account for changes the logits by about as much as they are."""
 
 
 @dataclass(frozen=True)
