@@ -53,7 +53,7 @@ def calibrated(model: str, text: Path, sequences: int, seqlen: int, spec: str = 
         job = prepare(
             model, Path(scratch, "output"), spec, calibration=str(text), sequences=sequences, seqlen=seqlen, seed=0,
             device="cpu", dtype=None, hessian_dir=None, hessian_inputs="original", hessian="plain",
-            norm=None, perm=None, overwrite=False, resume=False, absorb_perm=True, finetune="none",
+            norm=None, perm=None, overwrite=False, resume=False, absorb_perm=True, finetune="none", rotate=False,
         )  # fmt: skip
         skeleton = job.open_skeleton()
         tokens, facts = job.calibration_tokens(lambda event: None)

@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model whose predictions are far enough from uniform to tell models apart."""
-    options = SIZES | FAMILIES[family] | {"initializer_range": 0.2, "init_std": 0.2} | changes
+    options = SIZES | FAMILIES.get(family, {}) | {"initializer_range": 0.2, "init_std": 0.2} | changes
     config = AutoConfig.for_model(family, **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -45,12 +45,21 @@ def tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def like_trained(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with random biases and norm weights: fresh ones are zeros and ones, which hide what is done to them."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data = torch.rand(parameter.shape, generator=generator) * 2 + 0.2
+    return model
+
+
 def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str = "v4-k16", **changes: Any) -> Job:
     """A checked request with its work folder open, and the defaults of `vptq.quantize`."""
     options: dict[str, Any] = {
         **{"calibration": "self", "sequences": 4, "seqlen": 16, "seed": 0, "device": "cpu", "dtype": None},
         **{"hessian_dir": None, "hessian_inputs": "quantized", "hessian": "plain", "norm": None, "perm": None},
-        **{"overwrite": False, "resume": False, "absorb_perm": True, "finetune": "none"},
+        **{"overwrite": False, "resume": False, "absorb_perm": True, "finetune": "none", "rotate": False},
     }
     job = prepare(model, output, spec, **(options | changes))
     job.enter_workspace()

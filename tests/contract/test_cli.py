@@ -23,7 +23,7 @@ PROMISED = {
     "quantize": {
         *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
         *("--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
-        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
+        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
     },
     "eval": {
         *("--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"),

@@ -66,6 +66,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model_folder: Path, tmp_pat
     with pytest.raises(ConfigError, match="seed was 0 and is now 1") as caught:
         vptq.quantize(tiny_model_folder, out, **QUICK, seed=1, resume=True)
     assert "spec" not in str(caught.value), "only what differs is shown"
+    with pytest.raises(ConfigError, match="rotate was False and is now True"):
+        vptq.quantize(tiny_model_folder, out, **QUICK, rotate=True, resume=True)
     with pytest.raises(ConfigError, match=r"spec was .*16.* and is now .*64"):
         vptq.quantize(tiny_model_folder, out, **(QUICK | {"spec": "v4-k64"}), resume=True)
     assert tree(work) == before, "a refused run leaves the interrupted one alone"
@@ -80,7 +82,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model_folder: Path, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [{"hessian_inputs": "original"}, {"hessian_inputs": "both"}, {"absorb_perm": False, "spec": "v4-k16-16-g2"}],
+    [
+        {"hessian_inputs": "original"},
+        {"hessian_inputs": "both"},
+        {"absorb_perm": False, "spec": "v4-k16-16-g2"},
+        {"rotate": True},
+    ],
 )
 def test_every_mode_goes_on_to_the_same_bytes(options: dict[str, Any], tiny_model_folder: Path, tmp_path: Path) -> None:
     options = QUICK | options

@@ -44,6 +44,7 @@ def refusal(kind: type[VPTQError], model: Any, output: Path, **options: Any) -> 
         ({"device": "abacus"}, "--device is abacus"),
         ({"hessian_inputs": "mine"}, "'mine'; choose one of quantized, original, both"),
         ({"hessian_dir": "nowhere"}, "no folder nowhere"),
+        ({"hessian_dir": "/", "rotate": True}, "--rotate with --hessian-dir /: those Hessians belong to the model"),
         ({"calibration": "missing.txt"}, "no file missing.txt"),
         ({"calibration": "/no/such/text"}, "no file /no/such/text"),
     ],
@@ -120,6 +121,13 @@ def test_a_model_in_memory_has_no_tokenizer_for_a_text(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("ba be bi")
     assert "needs a tokenizer" in refusal(ConfigError, tiny("llama"), tmp_path / "out", calibration=path)
+
+
+def test_a_model_that_rotations_cannot_be_folded_into(tmp_path: Path) -> None:
+    """By its names, before it is converted; or by running it, before any block is quantized."""
+    assert "GPTNeoXForCausalLM has no model" in refusal(ConfigError, tiny("gpt_neox"), tmp_path / "out", rotate=True)
+    gemma = tiny("gemma", num_key_value_heads=2, head_dim=8)
+    assert "its logits change by" in refusal(ConfigError, gemma, tmp_path / "out", rotate=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

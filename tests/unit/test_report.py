@@ -51,6 +51,7 @@ def a_report(*layer_losses: dict[str, float]) -> Report:
         skipped={"lm_head.weight": "output embedding"},
         warnings=["layer 1 looks broken"],
         hessian_inputs="quantized",
+        rotated=True,
     )
 
 
@@ -122,6 +123,7 @@ def test_the_card_states_what_the_report_knows(tmp_path: Path) -> None:
         *("`v8-k4096-256`", "2.750 bits per weight", "4 x 64 tokens of text.txt", "| seed | 11 |", "3.000%"),
         *("4.000% (model.layers.1.mlp.up_proj)", "3,072 of 6,144 (50.0%)", "| perplexity (text.txt) | 12.3 |"),
         "| Hessians of inputs in | the quantized model |",
+        "| rotations | of the residual stream and the heads, folded into the weights |",
         *("1 h 2 min", "- layer 1 looks broken", "AutoModelForCausalLM.from_pretrained"),
     ):
         assert fact in card
@@ -132,10 +134,14 @@ def test_of_hessian_files_nobody_knows_whose_inputs_they_saw() -> None:
     assert "Hessians of" not in model_card(dataclasses.replace(a_report(), hessian_inputs=""))
 
 
-def test_a_report_from_before_inputs_were_noted_is_read() -> None:
+def test_a_model_that_was_not_rotated_has_a_card_without_rotations() -> None:
+    assert "rotations" not in model_card(dataclasses.replace(a_report(), rotated=False))
+
+
+def test_a_report_from_before_inputs_and_rotations_were_noted_is_read() -> None:
     stored = json.loads(a_report().to_json())
-    del stored["hessian_inputs"]
-    assert Report.from_json(json.dumps(stored)) == dataclasses.replace(a_report(), hessian_inputs="")
+    del stored["hessian_inputs"], stored["rotated"]
+    assert Report.from_json(json.dumps(stored)) == dataclasses.replace(a_report(), hessian_inputs="", rotated=False)
 
 
 def test_a_card_without_a_hub_original_links_to_none() -> None:

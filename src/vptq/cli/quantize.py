@@ -121,6 +121,14 @@ def quantize(
             "model at the end (e2e), or both.",
         ),
     ] = Finetune.none,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
+            " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
@@ -161,6 +169,7 @@ def quantize(
             resume=resume,
             absorb_perm=absorb_perm,
             finetune=finetune.value,
+            rotate=rotate,
             progress=bars,
         )
     _print_summary(report, output_dir)

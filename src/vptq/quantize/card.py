@@ -89,6 +89,7 @@ def _how_made(report: Report) -> str:
         "calibration": report.calibration,
         **({"Hessians of inputs in": HESSIANS_OF[report.hessian_inputs]} if report.hessian_inputs else {}),
         **({"finetuning": _finetuning(report.finetuning)} if report.finetuning else {}),
+        **({"rotations": "of the residual stream and the heads, folded into the weights"} if report.rotated else {}),
         "seed": str(report.seed),
     }
     return "## How it was made\n\n" + _table(rows)

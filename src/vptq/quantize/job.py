@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from vptq.config import LayerConfig
 from vptq.errors import CheckpointError, ConfigError, VPTQError
 from vptq.quantize.calibration import load_calibration
+from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
-from vptq.quantize.weights import WeightFiles, covers, spill
+from vptq.quantize.weights import WeightFiles, covers, spill, tied_weights
 from vptq.quantize.workspace import Workspace
 from vptq.source import ModelSource, load_model, load_tokenizer
 from vptq.spec import QuantSpec
@@ -33,6 +35,7 @@ class Job:
         source: where the original is, or None for a model in memory.
         memory_model: the model in memory, or None.
         dtype: what is stored.
+        rotate: whether rotations are folded into the weights first.
         compute_dtype: what blocks run in: float32 on a CPU, the stored dtype on a GPU.
     """
 
@@ -54,6 +57,7 @@ class Job:
     resume: bool
     absorb_perm: bool
     finetune: str
+    rotate: bool
     solver: SolverConfig
     training: TrainingConfig
     workspace: Workspace
@@ -105,6 +109,7 @@ class Job:
             "hessian": self.hessian,
             "absorb_perm": self.absorb_perm,
             "finetune": self.finetune,
+            "rotate": self.rotate,
             "solver": dataclasses.asdict(self.solver),
             "training": dataclasses.asdict(self.training) if self.finetune != "none" else None,
         }
@@ -120,20 +125,9 @@ class Job:
 
     def open_skeleton(self) -> Skeleton:
         """The model's modules on the meta device and its weights as files, converted first where that is needed."""
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with init_empty_weights(include_buffers=False):
-                empty = AutoModelForCausalLM.from_config(self.model_config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
-        except ValueError as error:  # its text lists every class that would do
-            kind = type(self.model_config).__name__
-            raise ConfigError(
-                f"transformers has no causal language model for {kind}: it cannot be quantized"
-            ) from error
-        for module in empty.modules():  # buffers the code computed, such as rotary frequencies, were made on the CPU
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device) if not buffer.is_meta else buffer
+        empty = self._empty_model(self.model_config)
+        if self.rotate:
+            check_layout(empty)  # before anything is fetched or converted
         spilled = self.workspace.folder / "original"
         if spilled.is_dir():
             return Skeleton(empty, WeightFiles(spilled), self.device)
@@ -143,6 +137,20 @@ class Job:
                 return Skeleton(empty, files, self.device)
         whole = self.memory_model if self.memory_model is not None else self._load_complete()
         return Skeleton(empty, spill(whole, spilled), self.device)
+
+    def fold_rotations(self, original: Skeleton, progress: ProgressCallback) -> tuple[Skeleton, list[str]]:
+        """The same model with rotations folded into its weights, proved to compute the same, and what to warn of."""
+        config, tied = copy.deepcopy(self.model_config), tied_weights(original.model)
+        config.tie_word_embeddings = False
+        empty = self._empty_model(config)
+        files = FoldedFiles(original.files, folds_of(empty, self.seed), tied)
+        folded = Skeleton(empty, files, self.device)
+        check_same_function(original, folded, self.seed, progress)
+        sizes = {name: empty.get_parameter(name).numel() * self.dtype.itemsize for name in tied}
+        return folded, [
+            f"--rotate: {name} was tied to {tied[name]} and is now stored by itself, {size:,} bytes"
+            for name, size in sizes.items()
+        ]
 
     def calibration_tokens(self, progress: ProgressCallback) -> tuple[Tensor, dict[str, Any]]:
         """The sequences [n, seqlen] and what the report says about them."""
@@ -234,6 +242,24 @@ class Job:
             return GenerationConfig.from_pretrained(self._source.folder)
         except OSError:
             return GenerationConfig.from_model_config(self.model_config)
+
+    def _empty_model(self, config: Any) -> nn.Module:
+        """The modules of a model with this config: parameters on the meta device, computed buffers on the job's."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                empty: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
+        except ValueError as error:  # its text lists every class that would do
+            kind = type(config).__name__
+            raise ConfigError(
+                f"transformers has no causal language model for {kind}: it cannot be quantized"
+            ) from error
+        for module in empty.modules():  # buffers the code computed, such as rotary frequencies, were made on the CPU
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device) if not buffer.is_meta else buffer
+        return empty
 
     @property
     def _source(self) -> ModelSource:

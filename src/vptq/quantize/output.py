@@ -16,6 +16,7 @@ from vptq.quantize.card import save_card
 from vptq.quantize.job import Job
 from vptq.quantize.report import Report, save_report
 from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.weights import tied_weights
 from vptq.quantize.workspace import Workspace
 
 
@@ -52,7 +53,7 @@ def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[s
     """Every parameter left as it was, with the reason; tied ones are listed under the name they are stored by."""
     embeddings = {id(module) for module in skeleton.model.modules() if isinstance(module, nn.Embedding)}
     head = skeleton.model.get_output_embeddings()  # type: ignore[operator]
-    tied = tied_names(skeleton.model)
+    tied = tied_weights(skeleton.model)
     reasons = {}
     for path, module in skeleton.model.named_modules():
         for leaf, _parameter in module.named_parameters(recurse=False):
@@ -70,16 +71,11 @@ def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[s
     return reasons
 
 
-def tied_names(model: nn.Module) -> set[str]:
-    """Parameters that are another one under a second name and are not stored."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
-
-
 def _tensors(
     skeleton: Skeleton, workspace: Workspace, layers: Mapping[str, LayerConfig], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Original tensors in the order of their files, then the quantized ones block by block."""
-    known = set(skeleton.model.state_dict()) - tied_names(skeleton.model)
+    known = set(skeleton.model.state_dict()) - tied_weights(skeleton.model).keys()
     replaced = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
     for index in range(len(skeleton.blocks)):
         replaced |= workspace.block_others(index).keys()

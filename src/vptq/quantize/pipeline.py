@@ -25,10 +25,11 @@ from vptq.quantize.finetune import Finetuning
 from vptq.quantize.fisher import token_weights
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
-from vptq.quantize.output import tied_names, unquantized, write_output
+from vptq.quantize.output import unquantized, write_output
 from vptq.quantize.report import LayerReport, ProgressCallback, Report
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
 
 
@@ -52,6 +53,7 @@ def quantize(
     resume: bool = False,
     absorb_perm: bool = True,
     finetune: str = "none",
+    rotate: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -78,6 +80,8 @@ def quantize(
         absorb_perm: fold the permutation into the indices where the format allows it.
         finetune: "none"; "block": train each block's codebooks, scales and norms when it has been quantized; "e2e":
             train those of the whole model at the end; or "both".
+        rotate: fold random rotations into the weights first, which changes no output of the model and spreads its
+            outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
         progress: told about every step.
 
     Returns:
@@ -93,7 +97,7 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm, finetune=finetune,
+        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate,
     )  # fmt: skip
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
@@ -113,11 +117,14 @@ def quantize(
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     skeleton = job.open_skeleton()
     warnings = job.check_layers(skeleton, progress)
+    if job.rotate:
+        skeleton, untied = job.fold_rotations(skeleton, progress)
+        warnings += untied
     text = _calibration(job, progress, warnings)
     layers = _solve(job, skeleton, text, progress, warnings)
     configs = {layer.name: LayerConfig.from_entry(layer.entry, layer.name) for layer in layers}
     weights = sum(config.in_features * config.out_features for config in configs.values())
-    tied = tied_names(skeleton.model)
+    tied = tied_weights(skeleton.model)
     report = Report(
         model=job.name,
         spec=job.spec.name,
@@ -133,6 +140,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         warnings=warnings,
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
         hessian=job.hessian if job.hessian_dir is None else "",
+        rotated=job.rotate,
     )
     errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
     report.block_finetuning = [pair for pair in errors if pair is not None]

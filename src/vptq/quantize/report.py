@@ -89,13 +89,14 @@ class Report:
         seed: Of everything random.
         quantized_weights: Weights in quantized layers.
         total_weights: Parameters of the whole model, tied ones counted once.
-        skipped: Parameters left as they were, path -> why.
+        skipped: Parameters left as they were, or only rotated, path -> why.
         warnings: Lines worth reading.
         hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
             from files, and in reports from before this was noted.
         hessian: How calibration tokens were weighed: "plain" or "fisher"; empty as above.
         block_finetuning: Relative error of every block's output on held-out text, before and after it was trained.
         finetuning: What end-to-end finetuning did (`finetune.FinetuneReport` as plain data); empty without it.
+        rotated: Whether rotations were folded into the weights before.
     """
 
     model: str
@@ -114,6 +115,7 @@ class Report:
     hessian: str = ""
     block_finetuning: list[tuple[float, float]] = field(default_factory=list)
     finetuning: dict[str, Any] = field(default_factory=dict)
+    rotated: bool = False
 
     @property
     def mean_loss(self) -> float:

@@ -44,6 +44,7 @@ def prepare(
     resume: bool,
     absorb_perm: bool,
     finetune: str,
+    rotate: bool,
 ) -> Job:
     """Checks everything that can be checked without reading weights.
 
@@ -75,6 +76,11 @@ def prepare(
         raise ConfigError(f"--dtype is {dtype}; a checkpoint is stored in float16 or bfloat16")
     if hessian_dir is not None and not hessian_dir.is_dir():
         raise ConfigError(f"--hessian-dir: there is no folder {hessian_dir}")
+    if hessian_dir is not None and rotate:
+        raise ConfigError(
+            f"--rotate with --hessian-dir {hessian_dir}: those Hessians belong to the model without rotations; leave"
+            " one of the two out"
+        )
     if output.exists() and not overwrite and not resume:
         raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
     if output.exists() and resume:
@@ -103,6 +109,7 @@ def prepare(
         resume=resume,
         absorb_perm=absorb_perm,
         finetune=finetune,
+        rotate=rotate,
         solver=SolverConfig(),
         training=TrainingConfig(),
         workspace=Workspace(output),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vptq.errors import ConfigError
-from vptq.quantize.weights import WeightFiles
+from vptq.quantize.weights import Tensors
 
 
 class Stop(Exception):  # noqa: N818  (a signal, not an error)
@@ -42,7 +42,7 @@ class Skeleton:
         blocks: its members.
     """
 
-    def __init__(self, model: nn.Module, files: WeightFiles, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, files: Tensors, device: torch.device) -> None:
         self.model = model.eval()
         self.files = files
         self.device = device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,17 @@ from vptq.checkpoint import save_tensors, staged_folder
 from vptq.errors import CheckpointError, ConfigError
 
 SPILL_SHARD_BYTES = 2 * 1024**3
+
+
+class Tensors(Protocol):
+    """The tensors of a model by name, none of which is in memory before it is asked for."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def load(self, name: str) -> Tensor:
+        """The tensor called `name`."""
 
 
 class WeightFiles:
@@ -51,9 +63,14 @@ class WeightFiles:
         return tensor
 
 
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another one under a second name, and are not stored -> that other one."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def covers(files: WeightFiles, model: nn.Module) -> bool:
     """Whether the files hold every parameter of `model` that is not tied to another, under its own name."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     return all(name in files or name in tied for name, _ in model.named_parameters())
 
 
