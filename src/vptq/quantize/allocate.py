@@ -6,7 +6,7 @@ a corner, and leaves bits over everywhere else.
 
 Bits are counted in units: of the greatest common divisor of all differences, which loses nothing, or of a 2^18th of
 their range where that is larger. Options are then rounded up, so that the budget holds in any case; the answer is the
-optimum for a budget that is less by at most one unit a layer (0.001 bits per weight for 210 layers between 1 and 4
+optimum for a budget that is less by at most one unit a layer (0.003 bits per weight for 210 layers between 1 and 5
 bits). The unit does not depend on the budget: more bits never give a worse answer.
 """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CheckpointError, ConfigError, VPTQError
-from vptq.quantize.calibration import load_calibration
+from vptq.quantize.budget import Budget
+from vptq.quantize.calibration import Calibration, load_calibration
+from vptq.quantize.candidates import Candidate, candidates_for
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
@@ -33,6 +36,9 @@ class Job:
         memory_model: the model in memory, or None.
         dtype: what is stored.
         compute_dtype: what blocks run in: float32 on a CPU, the stored dtype on a GPU.
+        spec: for every layer; with a budget only its norm and perm count.
+        budget: what a plan chooses each layer's spec for, or None.
+        planned: the plan's specs by module path, once it is made.
     """
 
     source: ModelSource | None
@@ -53,6 +59,8 @@ class Job:
     absorb_perm: bool
     solver: SolverConfig
     workspace: Workspace
+    budget: Budget | None = None
+    planned: Mapping[str, QuantSpec] = field(default_factory=dict)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -70,11 +78,16 @@ class Job:
         return None if self.source is None or self.source.is_local else self.source.folder
 
     def settings(self) -> dict[str, Any]:
-        """Everything the bytes of the result depend on."""
+        """Everything the bytes of the result depend on; for a plan its budget: the plan itself stays in the work folder
+        and is not made again."""
+        spec = dataclasses.asdict(self.spec)
+        if self.budget is not None:
+            spec = {name: spec[name] for name in ("enable_norm", "enable_perm")}
         return {
             "model": str(self.source) if self.source else self.name,
             "model_config": hashlib.sha256(self.model_config.to_json_string().encode()).hexdigest()[:16],
-            "spec": dataclasses.asdict(self.spec),
+            "spec": spec,
+            "budget": None if self.budget is None else dataclasses.asdict(self.budget),
             "calibration": "hessian-dir" if self.hessian_dir else self.calibration,
             "sequences": self.sequences,
             "seqlen": self.seqlen,
@@ -96,19 +109,24 @@ class Job:
         if not self.workspace.resumed:
             self.workspace.remove()
 
-    def open_skeleton(self) -> Skeleton:
-        """The model's modules on the meta device and its weights as files, converted first where that is needed."""
+    def empty_model(self) -> nn.Module:
+        """The model's modules with parameters on the meta device."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         try:
             with init_empty_weights(include_buffers=False):
-                empty = AutoModelForCausalLM.from_config(self.model_config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
+                empty: nn.Module = AutoModelForCausalLM.from_config(self.model_config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
         except ValueError as error:  # its text lists every class that would do
             kind = type(self.model_config).__name__
             raise ConfigError(
                 f"transformers has no causal language model for {kind}: it cannot be quantized"
             ) from error
+        return empty
+
+    def open_skeleton(self) -> Skeleton:
+        """The model's modules on the meta device and its weights as files, converted first where that is needed."""
+        empty = self.empty_model()
         for module in empty.modules():  # buffers the code computed, such as rotary frequencies, were made on the CPU
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device) if not buffer.is_meta else buffer
@@ -126,16 +144,38 @@ class Job:
         """The sequences [n, seqlen] and what the report says about them."""
 
         def make() -> tuple[Tensor, dict[str, Any]]:
-            made = load_calibration(
-                self.calibration, self.tokenizer(), self.sequences, self.seqlen, self.seed, self._whole_model, progress
-            )
+            made = self.sample(self.sequences, self.seqlen, progress)
             return made.tokens, {"description": made.description, "warning": made.warning}
 
         return self.workspace.tokens(make)
 
-    def layer_config(self, linear: nn.Linear) -> LayerConfig:
-        """The spec applied to one layer; a codebook larger than the layer's vectors is clamped."""
-        config = self.spec.for_layer(linear.in_features, linear.out_features, linear.bias is not None)
+    def sample(self, sequences: int, seqlen: int, progress: ProgressCallback) -> Calibration:
+        """As many tokens of the calibration text as asked for, from its beginning."""
+        return load_calibration(
+            self.calibration, self.tokenizer(), sequences, seqlen, self.seed, self._whole_model, progress
+        )
+
+    def candidates(self, linear: nn.Linear) -> list[Candidate]:
+        """What a plan may choose from for one layer."""
+        return candidates_for(
+            linear.in_features,
+            linear.out_features,
+            norm=self.spec.enable_norm,
+            perm=self.spec.enable_perm,
+            perm_is_stored=not self.absorb_perm,
+        )
+
+    def spec_of(self, name: str) -> QuantSpec:
+        """The spec of the layer at path `name`."""
+        return self.planned.get(name, self.spec)
+
+    def layer_config(self, name: str, linear: nn.Linear) -> LayerConfig:
+        """What its spec makes of the layer at path `name`."""
+        return self.fit(self.spec_of(name), linear)
+
+    def fit(self, spec: QuantSpec, linear: nn.Linear) -> LayerConfig:
+        """A spec applied to one layer; a codebook larger than the layer's vectors is clamped."""
+        config = spec.for_layer(linear.in_features, linear.out_features, linear.bias is not None)
         vectors = config.num_vectors * config.group_size
         return dataclasses.replace(
             config,
@@ -162,11 +202,12 @@ class Job:
             for path, linear in skeleton.linears(index).items():
                 name = f"{skeleton.blocks_name}.{index}.{path}"
                 try:
-                    config = self.layer_config(linear)
+                    config = self.layer_config(name, linear)
                 except ConfigError as error:
                     raise ConfigError(f"{name}: {error}") from error
-                kept += config.num_centroids == self.spec.num_centroids
-                clamped |= {(path, kind): line for kind, line in self._clamped(path, config).items()}
+                spec = self.spec_of(name)
+                kept += config.num_centroids == spec.num_centroids
+                clamped |= {(path, kind): line for kind, line in _clamped(path, spec, config).items()}
                 if self.hessian_dir is not None:
                     find_hessian(self.hessian_dir, index, [path.rpartition(".")[2]])
                 if not bool(torch.isfinite(skeleton.files.load(f"{name}.weight")).all()):
@@ -177,20 +218,6 @@ class Job:
                 " vectors; choose a smaller codebook or a shorter vector"
             )
         return [f"{warning}, one for each vector at most" for warning in clamped.values()]
-
-    def _clamped(self, path: str, config: LayerConfig) -> dict[str, str]:
-        """Codebook -> a warning, for those of a layer that are smaller than the spec's."""
-        sizes = {
-            "codebook": (self.spec.num_centroids, config.num_centroids),
-            "residual codebook": (self.spec.num_residual_centroids, config.num_residual_centroids),
-            "outlier codebook": (self.spec.outlier_num_centroids, config.outlier_num_centroids),
-        }
-        layer = f"{path} ({config.out_features} x {config.in_features})"
-        return {
-            kind: f"{layer}: {kind} clamped to {got} centroids"
-            for kind, (wanted, got) in sizes.items()
-            if 0 < got < wanted
-        }
 
     def tokenizer(self) -> Any | None:
         """The original's tokenizer, or None where there is none."""
@@ -246,3 +273,16 @@ class Job:
 def _at_most(centroids: int, vectors: int) -> int:
     """The largest power of two that is neither above `centroids` nor above `vectors`, and at least 2."""
     return centroids if centroids <= vectors else max(2, 1 << (vectors.bit_length() - 1))
+
+
+def _clamped(path: str, spec: QuantSpec, config: LayerConfig) -> dict[str, str]:
+    """Codebook -> a warning, for those of a layer that are smaller than the spec's."""
+    sizes = {
+        "codebook": (spec.num_centroids, config.num_centroids),
+        "residual codebook": (spec.num_residual_centroids, config.num_residual_centroids),
+        "outlier codebook": (spec.outlier_num_centroids, config.outlier_num_centroids),
+    }
+    layer = f"{path} ({config.out_features} x {config.in_features})"
+    return {
+        kind: f"{layer}: {kind} clamped to {got} centroids" for kind, (wanted, got) in sizes.items() if 0 < got < wanted
+    }

@@ -19,9 +19,11 @@ from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
+from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import tied_names, unquantized, write_output
+from vptq.quantize.planner import check_budget, follow_plan
 from vptq.quantize.report import ProgressCallback, Report
 from vptq.quantize.setup import prepare
 from vptq.spec import QuantSpec
@@ -30,8 +32,10 @@ from vptq.spec import QuantSpec
 def quantize(
     model: str | Path | nn.Module,
     output_dir: str | Path,
-    spec: str | QuantSpec = "v8-k65536-256",
+    spec: str | QuantSpec | None = None,
     *,
+    bits: float | None = None,
+    size: str | int | None = None,
     calibration: str | Path = "self",
     sequences: int = 128,
     seqlen: int = 2048,
@@ -52,7 +56,10 @@ def quantize(
     Args:
         model: hub id, local folder, GGUF file, or a transformers model in memory.
         output_dir: must not exist, unless `overwrite` or `resume`.
-        spec: such as "v8-k65536-256".
+        spec: such as "v8-k65536-256", which it is where no budget is given.
+        bits: instead of `spec`, a budget: stored bits per weight of the quantized layers, codebooks and scales
+            included. Each layer gets the spec that measured sensitivities say (see `vptq.plan`).
+        size: instead of `bits`, the same for the bytes of all weight files; or text such as "1.2GiB".
         calibration: "self" (the model writes its own text), a text file, "wikitext2", "c4" or a hub data set.
         sequences: calibration sequences.
         seqlen: tokens a sequence.
@@ -82,8 +89,9 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm,
+        absorb_perm=absorb_perm, budget=Budget.read(bits, size),
     )  # fmt: skip
+    check_budget(job)
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
     try:
@@ -101,6 +109,7 @@ def quantize(
 
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     skeleton = job.open_skeleton()
+    plan = follow_plan(job, skeleton, progress)
     warnings = job.check_layers(skeleton, progress)
     calibration = f"Hessian files of {job.hessian_dir}"
     activations = None
@@ -116,7 +125,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     tied = tied_names(skeleton.model)
     report = Report(
         model=job.name,
-        spec=job.spec.name,
+        spec=job.spec.name if plan is None else plan.summary,
         bits_per_weight=sum(config.stored_bits for config in configs.values()) / weights,
         layers=layers,
         seconds=time.monotonic() - started,
@@ -128,6 +137,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         skipped=unquantized(skeleton, configs),
         warnings=warnings,
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
+        budget="" if plan is None else plan.budget,
     )
     write_output(
         job.output, skeleton, job.workspace, configs, job.dtype, job.tokenizer(), job.generation_config(), report,

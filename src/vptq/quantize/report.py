@@ -80,7 +80,7 @@ class Report:
 
     Attributes:
         model: Name of the original.
-        spec: Name of the spec.
+        spec: Name of the spec; of a plan such as "90 x v8-k256-256, 60 x v4-k64-64".
         bits_per_weight: Every stored bit of the quantized layers, codebooks and scales included, over their weights.
         layers: One report per quantized layer, in the model's order.
         seconds: Wall-clock time of the run.
@@ -93,6 +93,7 @@ class Report:
         warnings: Lines worth reading.
         hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
             from files, and in reports from before this was noted.
+        budget: What each layer's spec was chosen for, such as "2.25 bits"; empty where all have the same.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     hessian_inputs: str = ""
+    budget: str = ""
 
     @property
     def mean_loss(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vptq.errors import ConfigError
+from vptq.quantize.budget import Budget
 from vptq.quantize.calibration import SELF
 from vptq.quantize.job import Job
 from vptq.quantize.solver import SolverConfig
@@ -17,6 +18,7 @@ from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
 
+DEFAULT_SPEC = "v8-k65536-256"
 STORED_DTYPES = (torch.float16, torch.bfloat16)
 HESSIAN_INPUTS = ("quantized", "original", "both")
 
@@ -24,7 +26,7 @@ HESSIAN_INPUTS = ("quantized", "original", "both")
 def prepare(
     model: str | Path | nn.Module,
     output: Path,
-    spec: str | QuantSpec,
+    spec: str | QuantSpec | None,
     *,
     calibration: str,
     sequences: int,
@@ -39,12 +41,18 @@ def prepare(
     overwrite: bool,
     resume: bool,
     absorb_perm: bool,
+    budget: Budget | None = None,
 ) -> Job:
-    """Checks everything that can be checked without reading weights.
+    """Checks everything that can be checked without reading weights. With neither spec nor budget, DEFAULT_SPEC it is.
 
     Raises:
         ConfigError: which setting is wrong, what it was, and what is allowed.
     """
+    if spec is not None and budget is not None:
+        raise ConfigError(
+            f"--spec names what every layer gets, and {budget} is a budget to choose from; give one of them"
+        )
+    spec = DEFAULT_SPEC if spec is None else spec
     chosen = QuantSpec.parse(spec) if isinstance(spec, str) else spec
     if norm is not None:
         chosen = dataclasses.replace(chosen, enable_norm=norm)
@@ -86,6 +94,7 @@ def prepare(
         absorb_perm=absorb_perm,
         solver=SolverConfig(),
         workspace=Workspace(output),
+        budget=budget,
     )
 
 

@@ -45,6 +45,7 @@ class Skeleton:
         self.files = files
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
+        self._wraps = False  # whether blocks return tuples; seen when the model is first run
         self._inside = tuple(f"{self.blocks_name}.{i}." for i in range(len(self.blocks)))
 
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:
@@ -80,6 +81,23 @@ class Skeleton:
         self._unload_outside()
         return calls
 
+    def logits(self, tokens: Tensor, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """For each of the states that leave the last block for `tokens` [batch, seqlen]: the model's logits."""
+        self._load_outside(dtype)
+        for states in hidden:
+            there = states.to(self.device)
+            leaving: Any = (there,) if self._wraps else there
+            for block in self.blocks:
+                block.forward = lambda *_args, leaving=leaving, **_kwargs: leaving
+            try:
+                with torch.no_grad():
+                    output: Any = self.model(input_ids=tokens.to(self.device), use_cache=False)
+            finally:
+                for block in self.blocks:
+                    del block.forward
+            yield output.logits
+        self._unload_outside()
+
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Runs the model up to its last block with recorders in the blocks' places."""
         for as_tuple in (False, True):  # most blocks return a tensor; some architectures still index into a tuple
@@ -105,6 +123,7 @@ class Skeleton:
             finally:
                 for block in self.blocks:
                     del block.forward
+            self._wraps = as_tuple
             if len(calls) == len(self.blocks) and all(other.shape == seen[0].shape for other in seen):
                 return seen[0], calls
         raise ConfigError(
@@ -120,6 +139,10 @@ class Skeleton:
         for name, tensor in list(self.model.named_parameters()) + list(self.model.named_buffers()):
             if tensor.is_meta and not name.startswith(self._inside) and name in self.files:
                 _assign(self.model, name, self.files.load(name).to(self.device, _kept(tensor, dtype)))
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, source in tied.items():  # a head without a tensor of its own
+            if not name.startswith(self._inside) and self.model.get_parameter(name).is_meta:
+                _assign(self.model, name, self.model.get_parameter(source).data)
 
     def _unload_outside(self) -> None:
         for name, parameter in list(self.model.named_parameters()):
