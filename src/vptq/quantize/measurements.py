@@ -15,9 +15,17 @@ from typing import Any
 
 from vptq.checkpoint import write_json
 from vptq.errors import CheckpointError
+from vptq.quantize.candidates import GAUSSIAN_LOSS
 from vptq.quantize.job import Job
 from vptq.quantize.report import ProgressCallback, ProgressEvent
-from vptq.quantize.sensitivity import QUICK, Sensitivity, measure
+from vptq.quantize.sensitivity import (
+    JUDGED_TOKENS,
+    QUICK,
+    SEQLEN,
+    TOKENS_PER_INPUT,
+    Sensitivity,
+    measure,
+)
 from vptq.quantize.skeleton import Skeleton
 
 VERSION = 1
@@ -63,6 +71,8 @@ def _identity(job: Job) -> dict[str, Any]:
         **{name: settings[name] for name in kept},
         "version": VERSION,
         "solver": asdict(QUICK),
+        "tokens": [SEQLEN, JUDGED_TOKENS, TOKENS_PER_INPUT],
+        "candidates": list(GAUSSIAN_LOSS),  # one of them is what a layer is measured with
         "files": [_stamp(path) for path in files],
         "commit": getattr(job.model_config, "_commit_hash", None),
         "calibration": _stamp(Path(job.calibration)) if Path(job.calibration).is_file() else job.calibration,
