@@ -58,6 +58,7 @@ def calibrated(model: str, text: Path, sequences: int, seqlen: int, spec: str = 
         skeleton = job.open_skeleton()
         tokens, facts = job.calibration_tokens(lambda event: None)
         print(
-            f"{job.name}: {facts['description']}" + (f" ({facts['warning']})" if facts["warning"] else ""), flush=True
+            f"{job.original.name}: {facts['description']}" + (f" ({facts['warning']})" if facts["warning"] else ""),
+            flush=True,
         )
         yield Calibrated(job, skeleton, Activations(skeleton, tokens, job.compute_dtype))

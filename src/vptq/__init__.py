@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vptq.linear import VQuantLinear
     from vptq.model import AutoModelForCausalLM
     from vptq.quantize.pipeline import quantize
+    from vptq.quantize.plan import Plan
+    from vptq.quantize.planner import plan
     from vptq.spec import QuantSpec, spec_for_bits
     from vptq.weight import QuantizedWeight
 
@@ -36,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LayerConfig",
+    "Plan",
     "QuantConfig",
     "QuantSpec",
     "QuantizedWeight",
@@ -44,6 +47,7 @@ __all__ = [
     "VQuantLinear",
     "__version__",
     "evaluate",
+    "plan",
     "quantize",
     "spec_for_bits",
     "tensor_specs",
@@ -56,12 +60,14 @@ _HOME = {
     "CheckpointError": "vptq.errors",
     "ConfigError": "vptq.errors",
     "LayerConfig": "vptq.config",
+    "Plan": "vptq.quantize.plan",
     "QuantConfig": "vptq.config",
     "QuantSpec": "vptq.spec",
     "QuantizedWeight": "vptq.weight",
     "TensorSpec": "vptq.config",
     "VPTQError": "vptq.errors",
     "VQuantLinear": "vptq.linear",
+    "plan": "vptq.quantize.planner",
     "spec_for_bits": "vptq.spec",
     "tensor_specs": "vptq.config",
 }

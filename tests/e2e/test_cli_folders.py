@@ -134,11 +134,13 @@ def test_quantize_writes_a_folder_that_every_command_takes(
     assert "--overwrite" in err
 
 
-def test_bits_choose_a_spec_that_suits_the_layers(
+def test_without_spec_and_budget_three_bits_suit_the_layers(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--bits", "2", "--sequences", "2", "--seqlen", "16", "--device", "cpu")
+    arguments = ("--sequences", "2", "--seqlen", "16", "--device", "cpu")
     status, out, err = run(capsys, "quantize", tiny_model_folder, "-o", tmp_path / "quantized", *arguments)
     assert status == 0, err
-    assert re.search(r"^spec +v4-k256 *$", out, re.MULTILINE), "the smallest codebooks of 2 bits, for layers this small"
+    assert re.search(r"^spec +v4-k64-64 *$", out, re.MULTILINE), (
+        "the smallest codebooks of 3 bits, for layers this small"
+    )
     assert "sampled from the model itself (seed 0)" in out

@@ -50,7 +50,7 @@ def test_what_is_written_is_the_rotated_model(norm: bool, tied: bool, tmp_path: 
     folded = job.fold_rotations(job.open_skeleton(), lambda event: None)[0].files
     loaded = vptq.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert sum(parameter.numel() for parameter in loaded.get_output_embeddings().parameters()) == 63 * 32
-    dense = AutoModelForCausalLM.from_config(job.model_config, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_config(job.original.config, dtype=torch.float32)
     if tied:  # what the folded weights belong to
         dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
     stored = dict(loaded.state_dict())

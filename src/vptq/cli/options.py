@@ -16,6 +16,13 @@ class FloatType(str, Enum):
     float32 = "float32"
 
 
+class StoredType(str, Enum):
+    """The float dtypes a quantized checkpoint can be stored in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 ]
@@ -24,3 +31,42 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Float type to hold the model in.  [default: the one it is stored in]"),
 ]
 SeqlenOption = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens per sequence.")]
+OriginalArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a GGUF file.")]
+BitsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        help="Budget: stored bits per weight of the linear layers, codebooks and scales included, such as 2.25. "
+        "Each layer gets the spec that its measured sensitivity earns.",
+    ),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option("--size", help="Budget instead of --bits: all weight files together, such as 1.2GiB or 900MB."),
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help="self (the model samples its own text), a text file, wikitext2, c4, or NAME[:CONFIG][@SPLIT].",
+    ),
+]
+SequencesOption = Annotated[int, typer.Option("--sequences", min=1, help="Calibration sequences.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of everything random: same seed, same bytes.")]
+StoredDtypeOption = Annotated[
+    StoredType | None,
+    typer.Option("--dtype", help="Float type of the codebooks and unquantized weights.  [default: the model's]"),
+]
+NormOption = Annotated[
+    bool | None, typer.Option("--norm/--no-norm", help="Normalize input columns.  [default: what the spec says]")
+]
+PermOption = Annotated[
+    bool | None,
+    typer.Option("--perm/--no-perm", help="Quantize the most sensitive columns first.  [default: what the spec says]"),
+]
+AbsorbPermOption = Annotated[
+    bool,
+    typer.Option(
+        "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
+    ),
+]

@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vptq.cli.console import StageBars, facts, file_size, output, print_warning, quiet_transformers
-from vptq.cli.options import DeviceOption, SeqlenOption
+from vptq.cli.options import (
+    AbsorbPermOption,
+    BitsOption,
+    CalibrationOption,
+    DeviceOption,
+    NormOption,
+    OriginalArgument,
+    PermOption,
+    SeedOption,
+    SeqlenOption,
+    SequencesOption,
+    SizeOption,
+    StoredDtypeOption,
+)
 
 if TYPE_CHECKING:
     from vptq.quantize.report import Report
     from vptq.spec import QuantSpec
 
 DEFAULT_BITS = 3.0
-
-
-class StoredType(str, Enum):
-    """The float dtypes a quantized checkpoint can be stored in."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Hessian(str, Enum):
@@ -50,36 +56,24 @@ class HessianInputs(str, Enum):
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a GGUF file.")],
+    model: OriginalArgument,
     output_dir: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
     spec: Annotated[
         str | None,
         typer.Option(
-            "--spec", help="What to quantize to, such as v8-k4096-256: vector length, main and residual codebook."
+            "--spec",
+            help="What every layer becomes, such as v8-k4096-256: vector length, main and residual codebook.  "
+            "[default without a budget: 3 index bits, codebooks suit the layers]",
         ),
     ] = None,
-    bits: Annotated[
-        float | None,
-        typer.Option(
-            "--bits",
-            help="Instead of --spec: 1, 1.5, ... 4 index bits per weight; codebooks suit the layers.  [default: 3]",
-        ),
-    ] = None,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calibration",
-            help="self (the model samples its own text), a text file, wikitext2, c4, or NAME[:CONFIG][@SPLIT].",
-        ),
-    ] = "self",
-    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Calibration sequences.")] = 128,
+    bits: BitsOption = None,
+    size: SizeOption = None,
+    calibration: CalibrationOption = "self",
+    sequences: SequencesOption = 128,
     seqlen: SeqlenOption = 2048,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random: same seed, same bytes.")] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        StoredType | None,
-        typer.Option("--dtype", help="Float type of the codebooks and unquantized weights.  [default: the model's]"),
-    ] = None,
+    dtype: StoredDtypeOption = None,
     hessian_dir: Annotated[
         Path | None, typer.Option("--hessian-dir", help="Read Hessians from this folder (QuIP#/VPTQ layout).")
     ] = None,
@@ -98,21 +92,6 @@ def quantize(
             "backward pass of the whole original).",
         ),
     ] = Hessian.plain,
-    norm: Annotated[
-        bool | None, typer.Option("--norm/--no-norm", help="Normalize input columns.  [default: what the spec says]")
-    ] = None,
-    perm: Annotated[
-        bool | None,
-        typer.Option(
-            "--perm/--no-perm", help="Quantize the most sensitive columns first.  [default: what the spec says]"
-        ),
-    ] = None,
-    absorb_perm: Annotated[
-        bool,
-        typer.Option(
-            "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
-        ),
-    ] = True,
     finetune: Annotated[
         Finetune,
         typer.Option(
@@ -129,14 +108,20 @@ def quantize(
             " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
         ),
     ] = False,
+    norm: NormOption = None,
+    perm: PermOption = None,
+    absorb_perm: AbsorbPermOption = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
     ] = False,
 ) -> None:
-    """Quantize a language model's linear layers."""
-    if spec is not None and bits is not None:
-        raise typer.BadParameter("give --spec or --bits, not both", param_hint="--bits")
+    """Quantize a language model's linear layers.
+
+    For example: vptq quantize MODEL -o DIR --bits 2.25
+    """
+    if [spec, bits, size].count(None) < 2:
+        raise typer.BadParameter("give one of --spec, --bits and --size, not more", param_hint="--spec")
     if overwrite and resume:
         raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
     quiet_transformers()
@@ -144,9 +129,9 @@ def quantize(
 
     from vptq.spec import QuantSpec
 
-    chosen = (
-        QuantSpec.parse(spec) if spec is not None else _spec_for_model(model, DEFAULT_BITS if bits is None else bits)
-    )
+    chosen = None if spec is None else QuantSpec.parse(spec)
+    if chosen is None and bits is None and size is None:
+        chosen = _default_spec(model)
     from vptq.quantize.pipeline import quantize as quantize_model
 
     with StageBars() as bars:
@@ -154,6 +139,8 @@ def quantize(
             model,
             output_dir,
             spec=chosen,
+            bits=bits,
+            size=size,
             calibration=calibration,
             sequences=sequences,
             seqlen=seqlen,
@@ -175,8 +162,8 @@ def quantize(
     _print_summary(report, output_dir)
 
 
-def _spec_for_model(model: str, bits: float) -> QuantSpec:
-    """The spec for a bit width that suits the size of this model's linear layers."""
+def _default_spec(model: str) -> QuantSpec:
+    """The spec of `DEFAULT_BITS` that suits the size of this model's linear layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -184,12 +171,11 @@ def _spec_for_model(model: str, bits: float) -> QuantSpec:
     from vptq.source import load_config
     from vptq.spec import spec_for_bits
 
-    spec_for_bits(bits)  # an impossible width should not wait for the model's config
     with torch.device("meta"):
         empty_model = AutoModelForCausalLM.from_config(load_config(model))  # type: ignore[no-untyped-call]
     _, blocks = find_blocks(empty_model)
     sizes = [linear.weight.numel() for block in blocks for linear in linears_of(block).values()]
-    return spec_for_bits(bits, sum(sizes) // len(sizes))
+    return spec_for_bits(DEFAULT_BITS, sum(sizes) // len(sizes))
 
 
 def _print_summary(report: Report, folder: Path) -> None:
@@ -199,7 +185,7 @@ def _print_summary(report: Report, folder: Path) -> None:
     minutes, seconds = divmod(round(report.seconds), 60)
     rows = {
         "written": str(folder),
-        "spec": report.spec,
+        **({"budget": report.budget, "specs": report.spec} if report.budget else {"spec": report.spec}),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "quantized": f"{len(report.layers)} layers, {report.quantized_weights:,} weights, {share:.1%} of the model",
         "left as it was": _skipped(report),

@@ -176,7 +176,7 @@ class BlockSolver:
             solution = quantize_weight(
                 moments.target(linear.weight.data),
                 moments.hessian,
-                self.job.layer_config(linear),
+                self.job.layer_config(path, linear),
                 generator,
                 dtype=self.job.dtype,
                 bias=None if linear.bias is None else linear.bias.data,

@@ -7,7 +7,7 @@ state: the card names the original and leaves the license to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,8 @@ def _introduction(report: Report, base_model: str | None) -> str:
 
 
 def _how_made(report: Report) -> str:
-    spec = QuantSpec.parse(report.spec)
-    residual = f", then {spec.num_residual_centroids} residual centroids" if spec.num_residual_centroids else ""
     rows = {
-        "spec": f"`{report.spec}`",
-        "vectors": f"{spec.vector_len} weights, {spec.num_centroids} centroids{residual}",
-        "index bits per weight": f"{spec.index_bits_per_weight:.3f}",
-        "column groups": str(spec.num_groups),
-        "outlier columns": _outliers(spec),
+        **(_one_spec(report.spec) if not report.budget else _planned(report)),
         "calibration": report.calibration,
         **({"Hessians of inputs in": HESSIANS_OF[report.hessian_inputs]} if report.hessian_inputs else {}),
         **({"finetuning": _finetuning(report.finetuning)} if report.finetuning else {}),
@@ -93,6 +87,32 @@ def _how_made(report: Report) -> str:
         "seed": str(report.seed),
     }
     return "## How it was made\n\n" + _table(rows)
+
+
+def _planned(report: Report) -> dict[str, str]:
+    return {
+        "budget": f"{report.budget}, given to the layers by their measured sensitivity",
+        "specs": ", ".join(f"`{spec}` ({count} layers)" for count, spec in _counted(report.spec)),
+    }
+
+
+def _counted(summary: str) -> Iterator[tuple[str, str]]:
+    """("90", "v8-k256-256"), ... of a plan's summary."""
+    for part in summary.split(", "):
+        count, _, spec = part.partition(" x ")
+        yield count, spec
+
+
+def _one_spec(name: str) -> dict[str, str]:
+    spec = QuantSpec.parse(name)
+    residual = f", then {spec.num_residual_centroids} residual centroids" if spec.num_residual_centroids else ""
+    return {
+        "spec": f"`{name}`",
+        "vectors": f"{spec.vector_len} weights, {spec.num_centroids} centroids{residual}",
+        "index bits per weight": f"{spec.index_bits_per_weight:.3f}",
+        "column groups": str(spec.num_groups),
+        "outlier columns": _outliers(spec),
+    }
 
 
 def _outliers(spec: QuantSpec) -> str:

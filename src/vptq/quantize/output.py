@@ -42,11 +42,11 @@ def write_output(
         stored = _tensors(skeleton, job.workspace, layers, job.dtype)
         save_tensors(staging, ((name, (trained or {}).get(name, tensor)) for name, tensor in stored))
         config.save_pretrained(staging)
-        for extra in (job.tokenizer(), job.generation_config()):
+        for extra in (job.original.tokenizer(), job.original.generation_config()):
             if extra is not None:
                 extra.save_pretrained(staging)
         save_report(report, staging)
-        save_card(report, staging, job.base_model)
+        save_card(report, staging, job.original.base_model)
 
 
 def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[str, str]:

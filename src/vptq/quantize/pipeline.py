@@ -21,11 +21,13 @@ from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
+from vptq.quantize.budget import Budget
 from vptq.quantize.finetune import Finetuning
 from vptq.quantize.fisher import token_weights
 from vptq.quantize.job import Job
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import unquantized, write_output
+from vptq.quantize.planner import check_budget, follow_plan
 from vptq.quantize.report import LayerReport, ProgressCallback, Report
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton
@@ -36,8 +38,10 @@ from vptq.spec import QuantSpec
 def quantize(
     model: str | Path | nn.Module,
     output_dir: str | Path,
-    spec: str | QuantSpec = "v8-k65536-256",
+    spec: str | QuantSpec | None = None,
     *,
+    bits: float | None = None,
+    size: str | int | None = None,
     calibration: str | Path = "self",
     sequences: int = 128,
     seqlen: int = 2048,
@@ -61,7 +65,10 @@ def quantize(
     Args:
         model: hub id, local folder, GGUF file, or a transformers model in memory.
         output_dir: must not exist, unless `overwrite` or `resume`.
-        spec: such as "v8-k65536-256".
+        spec: such as "v8-k65536-256", which it is where no budget is given.
+        bits: instead of `spec`, a budget: stored bits per weight of the quantized layers, codebooks and scales
+            included. Each layer gets the spec that measured sensitivities say (see `vptq.plan`).
+        size: instead of `bits`, the same for the bytes of all weight files; or text such as "1.2GiB".
         calibration: "self" (the model writes its own text), a text file, "wikitext2", "c4" or a hub data set.
         sequences: calibration sequences.
         seqlen: tokens a sequence.
@@ -97,8 +104,9 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate,
+        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate, budget=Budget.read(bits, size),
     )  # fmt: skip
+    check_budget(job)
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
     try:
@@ -116,6 +124,7 @@ def quantize(
 
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     skeleton = job.open_skeleton()
+    plan = follow_plan(job, skeleton, progress)
     warnings = job.check_layers(skeleton, progress)
     if job.rotate:
         skeleton, untied = job.fold_rotations(skeleton, progress)
@@ -126,8 +135,8 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
     weights = sum(config.in_features * config.out_features for config in configs.values())
     tied = tied_weights(skeleton.model)
     report = Report(
-        model=job.name,
-        spec=job.spec.name,
+        model=job.original.name,
+        spec=job.spec.name if plan is None else plan.summary,
         bits_per_weight=sum(config.stored_bits for config in configs.values()) / weights,
         layers=layers,
         seconds=time.monotonic() - started,
@@ -141,6 +150,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         hessian_inputs=job.hessian_inputs if job.hessian_dir is None else "",
         hessian=job.hessian if job.hessian_dir is None else "",
         rotated=job.rotate,
+        budget="" if plan is None else plan.budget,
     )
     errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
     report.block_finetuning = [pair for pair in errors if pair is not None]
@@ -194,7 +204,7 @@ def _solve(
     if job.hessian_dir is None:
         tokens = text.tokens[: len(text.tokens) - text.held_out]
         if job.hessian == "fisher":
-            weights = job.workspace.token_weights(lambda: token_weights(job.whole_model(), tokens, progress))
+            weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
         activations = Activations(skeleton, tokens, job.compute_dtype)
     blocks = BlockSolver(job, skeleton, activations, weights, progress, warnings)
     return [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]

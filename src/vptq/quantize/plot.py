@@ -53,7 +53,8 @@ def draw_report(report: Report) -> bytes:
 
 def _title(report: Report) -> str:
     loss = "" if math.isnan(report.mean_loss) else f", mean proxy loss {report.mean_loss:.2%}"
-    return f"{report.model} at {report.spec}: {report.bits_per_weight:.2f} bits per weight{loss}"
+    what = f"a budget of {report.budget}" if report.budget else report.spec
+    return f"{report.model} at {what}: {report.bits_per_weight:.2f} bits per weight{loss}"
 
 
 def _by_kind(layers: list[LayerReport]) -> dict[str, list[LayerReport]]:

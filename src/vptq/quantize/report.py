@@ -80,7 +80,7 @@ class Report:
 
     Attributes:
         model: Name of the original.
-        spec: Name of the spec.
+        spec: Name of the spec; of a plan such as "90 x v8-k256-256, 60 x v4-k64-64".
         bits_per_weight: Every stored bit of the quantized layers, codebooks and scales included, over their weights.
         layers: One report per quantized layer, in the model's order.
         seconds: Wall-clock time of the run.
@@ -97,6 +97,7 @@ class Report:
         block_finetuning: Relative error of every block's output on held-out text, before and after it was trained.
         finetuning: What end-to-end finetuning did (`finetune.FinetuneReport` as plain data); empty without it.
         rotated: Whether rotations were folded into the weights before.
+        budget: What each layer's spec was chosen for, such as "2.25 bits"; empty where all have the same.
     """
 
     model: str
@@ -116,6 +117,7 @@ class Report:
     block_finetuning: list[tuple[float, float]] = field(default_factory=list)
     finetuning: dict[str, Any] = field(default_factory=dict)
     rotated: bool = False
+    budget: str = ""
 
     @property
     def mean_loss(self) -> float:

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from vptq.errors import ConfigError
+from vptq.quantize.budget import Budget
 from vptq.quantize.calibration import SELF
 from vptq.quantize.job import Job
+from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
 
+DEFAULT_SPEC = "v8-k65536-256"
 STORED_DTYPES = (torch.float16, torch.bfloat16)
 HESSIAN_INPUTS = ("quantized", "original", "both")
 HESSIANS = ("plain", "fisher")
@@ -27,7 +30,7 @@ FINETUNE = ("none", "block", "e2e", "both")
 def prepare(
     model: str | Path | nn.Module,
     output: Path,
-    spec: str | QuantSpec,
+    spec: str | QuantSpec | None,
     *,
     calibration: str,
     sequences: int,
@@ -37,20 +40,26 @@ def prepare(
     dtype: torch.dtype | None,
     hessian_dir: Path | None,
     hessian_inputs: str,
-    hessian: str,
     norm: bool | None,
     perm: bool | None,
     overwrite: bool,
     resume: bool,
     absorb_perm: bool,
-    finetune: str,
-    rotate: bool,
+    hessian: str = "plain",
+    finetune: str = "none",
+    rotate: bool = False,
+    budget: Budget | None = None,
 ) -> Job:
-    """Checks everything that can be checked without reading weights.
+    """Checks everything that can be checked without reading weights. With neither spec nor budget, DEFAULT_SPEC it is.
 
     Raises:
         ConfigError: which setting is wrong, what it was, and what is allowed.
     """
+    if spec is not None and budget is not None:
+        raise ConfigError(
+            f"--spec names what every layer gets, and {budget} is a budget to choose from; give one of them"
+        )
+    spec = DEFAULT_SPEC if spec is None else spec
     chosen = QuantSpec.parse(spec) if isinstance(spec, str) else spec
     if norm is not None:
         chosen = dataclasses.replace(chosen, enable_norm=norm)
@@ -58,6 +67,8 @@ def prepare(
         chosen = dataclasses.replace(chosen, enable_perm=perm)
     if hessian_inputs not in HESSIAN_INPUTS:
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
+    if rotate and budget is not None:
+        raise ConfigError(f"--rotate and {budget} do not go together yet; give --spec")
     if hessian not in HESSIANS:
         raise ConfigError(f"--hessian is {hessian!r}; choose one of {', '.join(HESSIANS)}")
     if hessian == "fisher" and hessian_dir is not None:
@@ -90,18 +101,19 @@ def prepare(
     config = memory_model.config if memory_model is not None else load_config(source)  # type: ignore[arg-type]
     if getattr(config, "quantization_config", None) and not (source and source.gguf_file):
         raise ConfigError(f"{source or 'the model'} is quantized already; start from the original weights")
+    stored, place, workspace = dtype or _stored_dtype(config), _checked_device(device), Workspace(output)
     return Job(
-        source=source,
-        memory_model=memory_model,
-        model_config=config,
+        original=Original(
+            source, memory_model, config, place, compute_dtype(place, stored), workspace.folder / "original"
+        ),
         output=output,
         spec=chosen,
         calibration=_checked_calibration(calibration),
         sequences=sequences,
         seqlen=seqlen,
         seed=seed,
-        device=_checked_device(device),
-        dtype=dtype or _stored_dtype(config),
+        device=place,
+        dtype=stored,
         hessian_dir=hessian_dir,
         hessian_inputs=hessian_inputs,
         hessian=hessian,
@@ -112,7 +124,8 @@ def prepare(
         rotate=rotate,
         solver=SolverConfig(),
         training=TrainingConfig(),
-        workspace=Workspace(output),
+        workspace=workspace,
+        budget=budget,
     )
 
 

@@ -9,6 +9,7 @@ replaced by a recorder, so that no block signature is known here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ class Skeleton:
         self.files = files
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
+        self._wraps = False  # whether blocks return tuples; seen when the model is first run
         self._inside = tuple(f"{self.blocks_name}.{i}." for i in range(len(self.blocks)))
 
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:
@@ -90,37 +92,43 @@ class Skeleton:
         self.model.tie_weights()  # type: ignore[operator]
 
     def last_states(self, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """For each batch of the last block's outputs [batch, seqlen, width]: the same behind the final norm.
+        """For each of the states that leave the last block [batch, seqlen, width]: the same behind the final norm.
 
         Raises:
             ConfigError: the model does not say what its last hidden states are.
         """
         self._load_outside(dtype)
-        for batch in hidden:
-            yield self._finish(batch.to(self.device))
+        for states in hidden:
+            tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
+            with self._leaving(states.to(self.device)), torch.no_grad():
+                output = self.model.get_decoder()(input_ids=tokens, use_cache=False)  # type: ignore[operator]
+            last = getattr(output, "last_hidden_state", None)
+            if not isinstance(last, Tensor) or last.shape != states.shape:
+                kind = type(self.model).__name__
+                raise ConfigError(f"{kind} does not give its last hidden states: it cannot be finetuned")
+            yield last
         self._unload_outside()
 
-    @property
-    def _base(self) -> Any:
-        """The model without its output head."""
-        return self.model.get_decoder()  # type: ignore[operator]
+    def logits(self, tokens: Tensor, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """For each of the states that leave the last block for `tokens` [batch, seqlen]: the model's logits."""
+        self._load_outside(dtype)
+        for states in hidden:
+            with self._leaving(states.to(self.device)), torch.no_grad():
+                output: Any = self.model(input_ids=tokens.to(self.device), use_cache=False)
+            yield output.logits
+        self._unload_outside()
 
-    def _finish(self, hidden: Tensor) -> Tensor:
-        """Runs the model's own code behind the blocks."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        for as_tuple in (False, True):
+    @contextmanager
+    def _leaving(self, hidden: Tensor) -> Iterator[None]:
+        """While this is open, the blocks compute nothing and the last one gives `hidden`."""
+        given: Any = (hidden,) if self._wraps else hidden
+        for block in self.blocks:
+            block.forward = lambda *_args, **_kwargs: given
+        try:
+            yield
+        finally:
             for block in self.blocks:
-                block.forward = lambda *args, wrap=as_tuple, **kwargs: (hidden,) if wrap else hidden
-            try:
-                with torch.no_grad():
-                    output = self._base(input_ids=tokens, use_cache=False)
-            finally:
-                for block in self.blocks:
-                    del block.forward
-            states = getattr(output, "last_hidden_state", None)
-            if isinstance(states, Tensor) and states.shape == hidden.shape:
-                return states
-        raise ConfigError(f"{type(self.model).__name__} does not give its last hidden states: it cannot be finetuned")
+                del block.forward
 
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Runs the model up to its last block with recorders in the blocks' places."""
@@ -147,6 +155,7 @@ class Skeleton:
             finally:
                 for block in self.blocks:
                     del block.forward
+            self._wraps = as_tuple
             if len(calls) == len(self.blocks) and all(other.shape == seen[0].shape for other in seen):
                 return seen[0], calls
         raise ConfigError(
@@ -162,6 +171,10 @@ class Skeleton:
         for name, tensor in list(self.model.named_parameters()) + list(self.model.named_buffers()):
             if tensor.is_meta and not name.startswith(self._inside) and name in self.files:
                 _assign(self.model, name, self.files.load(name).to(self.device, _kept(tensor, dtype)))
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, source in tied.items():  # a head without a tensor of its own
+            if not name.startswith(self._inside) and self.model.get_parameter(name).is_meta:
+                _assign(self.model, name, self.model.get_parameter(source).data)
 
     def _unload_outside(self) -> None:
         for name, parameter in list(self.model.named_parameters()):

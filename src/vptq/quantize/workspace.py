@@ -1,6 +1,7 @@
 """What an interrupted run leaves behind, and how it goes on from there.
 
     DIR.work/settings.json        everything the result depends on; a resumed run must have the same
+    DIR.work/plan.json            each layer's spec, where a budget chose them
     DIR.work/tokens/              the calibration sequences
     DIR.work/original/            the original weights, if they had to be converted
     DIR.work/blocks/0007/         a finished decoder block: its quantized tensors and layers.json
@@ -74,6 +75,14 @@ class Workspace:
         if names:
             changes = ", ".join(f"{name} was {stored.get(name)} and is now {wanted.get(name)}" for name in names)
             raise ConfigError(f"--resume: the interrupted run had other settings: {changes}")
+
+    def plan(self, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The plan as plain data, made by `make` the first time: the blocks of an interrupted run follow it."""
+        path = self.folder / "plan.json"
+        if not path.is_file():
+            write_json(path, make())
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
 
     def tokens(self, make: Callable[[], tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, dict[str, Any]]:
         """The calibration sequences and what is known about them, made by `make` the first time."""
