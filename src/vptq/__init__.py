@@ -6,8 +6,9 @@
     model = transformers.AutoModelForCausalLM.from_pretrained("smol-3bit")
 
 Importing is quick and quiet: neither torch nor transformers is imported before something here needs it. The one thing
-it does is to leave a hook that fixes transformers' own VPTQ support when transformers is imported, or right away when
-it already is (`vptq.integrations`), so that the plain transformers call above works, on a CPU too.
+it does is to leave hooks that fix transformers' own VPTQ support and teach peft about quantized layers when those are
+imported, or right away when they already are (`vptq.integrations`), so that the plain transformers call above works, on
+a CPU too, and so does `peft.get_peft_model`.
 """
 
 from __future__ import annotations
@@ -105,4 +106,4 @@ def _installed_version() -> str:
         return _SOURCE_TREE_VERSION
 
 
-_integrations.install_transformers_hook()
+_integrations.install_hooks()

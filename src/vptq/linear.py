@@ -5,8 +5,8 @@
 `quantization_config`, as every published loader (transformers among them) calls it; code of this package goes through
 `from_config`, `from_tensors` or `from_weight`.
 
-Gradients flow through the layer to its input and its bias and, once `train_floats` has asked for it, to its codebooks,
-scales and column biases; indices have none.
+Gradients flow through the layer to its input and, once `train_floats` has asked for it, to its codebooks, scales,
+column biases and bias; indices have none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,28 @@ from vptq.weight import QuantizedWeight, check_indices, check_stored, normalize
 # The operators themselves: the typed wrappers of `vptq.ops` would cost a call more per layer and token.
 _linear = torch.ops.vptq.linear.default
 _dequantize = torch.ops.vptq.dequantize.default
+
+
+class _Frozen(torch.autograd.Function):
+    """y = x W^T + bias with a gradient for x only, as adapters on top of the layer need it.
+
+    Backward makes the dense weight a second time. Autograd left to itself would keep the one of every layer until
+    then: training a few adapters would take the memory of the whole dense model.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, sizes: tuple[int, ...], form: str, *stored: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*stored)  # not the layer: its tensors may be offloaded by then
+        ctx.sizes = sizes
+        y: Tensor = _linear(x, *stored, bias, *sizes, form)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors
+        return grad @ _dequantize(*stored, *ctx.sizes), *[None] * (3 + len(stored))
 
 
 class Codebook(nn.Module):
@@ -176,12 +198,17 @@ class VQuantLinear(nn.Module):
         bias = self._parameters["bias"]
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
             if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+                # Who trains under autocast expects a linear layer to take what it gets.
                 return functional.linear(x, self.dequantize_with_gradient(), bias)
             check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            # The operator has no backward of its own; the dense weight gives the exact one.
-            return functional.linear(x, self.dequantize_with_gradient(), bias)
-        y: Tensor = _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form)
+        y: Tensor
+        if torch.is_grad_enabled():
+            if any(p.requires_grad for p in self.parameters()):
+                return functional.linear(x, self.dequantize_with_gradient(), bias)
+            if x.requires_grad:
+                y = _Frozen.apply(x, bias, self._sizes, self.codebook_form, *self._stored())  # type: ignore[no-untyped-call]
+                return y
+        y = _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form)
         return y
 
     def dequantize(self) -> Tensor:

@@ -56,6 +56,17 @@ def test_gradients_in_sixteen_bits_are_summed_in_float32(dtype: torch.dtype) -> 
     assert float(grad.float().sum()) == pytest.approx(512 * 512, rel=0.01)
 
 
+def test_no_dense_weight_is_kept_for_the_backward_of_a_frozen_layer() -> None:
+    """It would add up to the whole dense model when adapters are trained."""
+    config = LayerConfig(64, 96, 8, 16, num_residual_centroids=16, enable_norm=True, enable_perm=True)
+    layer = VQuantLinear.from_weight(random_weight(config), torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(2, 64, requires_grad=True))
+    assert saved
+    assert {tensor.data_ptr() for tensor in saved} <= {p.data_ptr() for p in layer.parameters()}
+
+
 def test_the_same_gradient_gives_the_same_bytes() -> None:
     config = LayerConfig(96, 64, 8, 16, num_residual_centroids=16, enable_norm=True, enable_perm=True)
     grads = []

@@ -1,4 +1,4 @@
-"""`import vptq` costs next to nothing, and reaches transformers whichever of the two is imported first."""
+"""`import vptq` costs next to nothing, and reaches transformers and peft whichever is imported first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(code: str) -> str:
 
 
 def test_import_is_lean_and_quiet() -> None:
-    heavy = {"torch", "transformers", "numpy", "accelerate", "safetensors", "importlib.metadata"}
+    heavy = {"torch", "transformers", "peft", "numpy", "accelerate", "safetensors", "importlib.metadata"}
     assert run(f"import sys, vptq; print(sorted({heavy} & sys.modules.keys()))") == "[]\n"
 
 
@@ -30,7 +30,7 @@ REGISTERED = """
 import transformers.quantizers.auto as auto
 assert auto.AUTO_QUANTIZER_MAPPING["vptq"].__module__ == "vptq.integrations.transformers"
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vptq"].__module__ == "vptq.integrations.transformers"
-assert not any("vptq" in type(finder).__module__ for finder in sys.meta_path)
+assert "transformers.quantizers.auto" not in [getattr(finder, "target", None) for finder in sys.meta_path]
 # The hook leaves no trace in the module: whoever asks for its source or loader gets what they always did.
 import importlib.machinery, inspect
 assert type(auto.__spec__.loader) is importlib.machinery.SourceFileLoader
@@ -54,6 +54,32 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
 )
 def test_the_order_of_imports_does_not_matter(imports: str) -> None:
     run(f"import sys\n{imports}\n{REGISTERED}")
+
+
+PEFT_REGISTERED = """
+import peft
+assert peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"].__module__ == "vptq.integrations.peft"
+assert peft.LoraModel.__module__ == "peft.tuners.lora.model"
+assert not any("vptq" in type(finder).__module__ for finder in sys.meta_path)
+import importlib.machinery, inspect
+assert type(peft.__spec__.loader) is importlib.machinery.SourceFileLoader
+assert "PEFT_TYPE_TO_TUNER_MAPPING" in inspect.getsource(peft)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import vptq",
+        "import peft, vptq",
+        "import vptq, peft, transformers",
+        "import vptq.integrations.peft",
+        "import vptq, importlib.util; importlib.util.find_spec('peft')",
+    ],
+)
+def test_peft_is_reached_too(imports: str) -> None:
+    pytest.importorskip("peft")
+    run(f"import sys\n{imports}\n{PEFT_REGISTERED}{REGISTERED}")
 
 
 def test_an_unsupported_transformers_can_still_be_imported() -> None:

@@ -1,11 +1,10 @@
 """Where other frameworks meet this package, and the hook that gets there without importing them.
 
-transformers decides how to load a quantized checkpoint by looking its `quant_method` up in two dictionaries of
-`transformers.quantizers.auto`. Its own entry for "vptq" refuses to run without CUDA and fails on every nested model, so
-`vptq.integrations.transformers` puts better ones there. That has to happen whichever package the user imports first,
-and `import vptq` must not pay for importing transformers (seconds). Hence a post-import hook: a finder on
-`sys.meta_path` that waits for this one module, lets it load as usual, and then calls us. It takes itself away when it
-has done so.
+transformers decides how to load a quantized checkpoint by looking its `quant_method` up in two dictionaries, and peft
+finds the class that attaches an adapter in another. The modules here put ours there. That has to happen whichever
+package the user imports first, and `import vptq` must not pay for importing theirs (seconds). Hence a post-import hook:
+for each of them a finder on `sys.meta_path` that waits for one module, lets it load as usual, and then imports ours,
+which registers itself. It takes itself away when it has done so.
 """
 
 from __future__ import annotations
@@ -19,45 +18,55 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TARGET = "transformers.quantizers.auto"
+# The module to wait for, and ours that registers with it by being imported.
+_INTEGRATIONS = {
+    "transformers.quantizers.auto": "vptq.integrations.transformers",
+    "peft": "vptq.integrations.peft",
+}
 
 
-def install_transformers_hook() -> None:
-    """Register this package with transformers now if it is imported, else as soon as it is. Safe to call again."""
-    module = sys.modules.get(_TARGET)
-    if module is not None and hasattr(module, "AutoHfQuantizer"):  # else it is half way through its own import
-        _register()
-    elif not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PostImportFinder())
+def install_hooks() -> None:
+    """Register with each framework now if it is imported, else as soon as it is. Safe to call again."""
+    for target in _INTEGRATIONS:
+        module = sys.modules.get(target)
+        # While a module is half way through its own import, `_initializing` is true: importlib itself goes by that.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _register(target)
+        elif not any(isinstance(finder, _PostImportFinder) and finder.target == target for finder in sys.meta_path):
+            sys.meta_path.insert(0, _PostImportFinder(target))
 
 
-def _register() -> None:
+def _register(target: str) -> None:
     try:
-        importlib.import_module("vptq.integrations.transformers")  # registers when it has been imported
+        importlib.import_module(_INTEGRATIONS[target])
     except ImportError as error:
-        # We are inside somebody's `import transformers`, who may not want a quantized model at all.
+        # We are inside somebody's import of that package, who may not want a quantized model at all.
+        package = target.partition(".")[0]
         warnings.warn(
-            f"vptq cannot register with this version of transformers ({error}); VPTQ checkpoints will not load through "
-            "it, install one of the versions that vptq asks for",
+            f"vptq cannot register with this version of {package} ({error}); VPTQ models will not work with it, "
+            "install one of the versions that vptq asks for",
             stacklevel=2,
         )
 
 
 class _PostImportFinder(MetaPathFinder):
-    """Finds `_TARGET` through the other finders and wraps the loader they chose."""
+    """Finds `target` through the other finders and wraps the loader they chose."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != self.target:
             return None
         for finder in sys.meta_path:
-            if isinstance(finder, _PostImportFinder) or not hasattr(finder, "find_spec"):
+            if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _PostImportLoader(spec.loader)
+                    spec.loader = _PostImportLoader(spec.loader, self)
                 return spec
         return None
 
@@ -65,8 +74,9 @@ class _PostImportFinder(MetaPathFinder):
 class _PostImportLoader(Loader):
     """Loads a module as the wrapped loader does, then registers this package with it."""
 
-    def __init__(self, wrapped: Loader) -> None:
+    def __init__(self, wrapped: Loader, finder: _PostImportFinder) -> None:
         self._wrapped = wrapped
+        self._finder = finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapped, name)  # get_source, get_data and the like: `inspect` and `pkgutil` ask for them
@@ -79,5 +89,6 @@ class _PostImportLoader(Loader):
             module.__spec__.loader = self._wrapped
         module.__loader__ = self._wrapped
         self._wrapped.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PostImportFinder)]
-        _register()
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        _register(self._finder.target)

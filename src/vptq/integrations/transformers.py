@@ -127,8 +127,8 @@ class VptqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The layers are for inference: indices cannot be trained, and the codebooks come frozen."""
-        return False
+        """Adapters on top can be trained; `Trainer` refuses a quantized model without any, whatever this says."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
