@@ -200,11 +200,14 @@ def _solve(
     job: Job, skeleton: Skeleton, text: _Text, progress: ProgressCallback, warnings: list[str]
 ) -> list[LayerReport]:
     """Every block's layers, quantized and stored."""
+    workspace, blocks = job.workspace, range(len(skeleton.blocks))
+    if all(map(workspace.has_block, blocks)):  # interrupted while finetuning: nothing to run the text through
+        return [report for index in blocks for report in workspace.block_reports(index)]
     activations, weights = None, {}
     if job.hessian_dir is None:
         tokens = text.tokens[: len(text.tokens) - text.held_out]
         if job.hessian == "fisher":
             weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
         activations = Activations(skeleton, tokens, job.compute_dtype)
-    blocks = BlockSolver(job, skeleton, activations, weights, progress, warnings)
-    return [report for index in range(len(skeleton.blocks)) for report in blocks.finish_block(index)]
+    solver = BlockSolver(job, skeleton, activations, weights, progress, warnings)
+    return [report for index in blocks for report in solver.finish_block(index)]
