@@ -73,7 +73,8 @@ class Budget:
         """
         allowed = self.for_layers(weights, other_bytes)
         if self.bits is not None and not least <= allowed <= most:
-            low, high = math.ceil(1000 * least / weights) / 1000, math.floor(1000 * most / weights) / 1000
+            low = math.ceil(1000 * least / weights) / 1000
+            high = max(low, math.floor(1000 * most / weights) / 1000)
             raise ConfigError(
                 f"--bits is {self.bits:g}; this model's layers can take {low:g} to {high:g} bits per weight, codebooks "
                 "and scales included"
