@@ -1,4 +1,4 @@
-"""Training on top: adapters of peft on a quantized model, through nothing but the public calls of peft and Trainer."""
+"""Adapters of peft on a quantized model: attached, saved, loaded, switched and refused by peft's public calls alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from adapters import IDS, TARGETS, adapted, load, logits, train
 from random_layers import random_weight
 
 from vptq.config import LayerConfig
@@ -20,66 +20,11 @@ from vptq.linear import VQuantLinear
 peft = pytest.importorskip("peft")
 
 README = Path(__file__).parents[2] / "README.md"
-IDS = torch.arange(1, 49).reshape(4, 12)
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint):
     return make_checkpoint(dtype=torch.float32).folder
-
-
-def load(folder, **kwargs):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-def adapted(folder, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    config = peft.LoraConfig(**{"target_modules": TARGETS, "r": 4, "task_type": "CAUSAL_LM"} | options)
-    return peft.get_peft_model(load(folder, dtype=dtype), config)
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def train(model, steps=6, autocast=False):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    losses = []
-    for _ in range(steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def base_tensors(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"lora_dropout": 0.1, "use_rslora": True}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.1}],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_adapter_learns(folder, options, dtype):
-    model = adapted(folder, dtype, **options)
-    before = base_tensors(model)
-    assert any(name.endswith("q_proj.base_layer.indices") for name in before)
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.05
-    assert all(torch.equal(before[name], tensor) for name, tensor in base_tensors(model).items())
-    model(IDS, labels=IDS).loss.backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {name for name, _ in model.named_parameters() if "lora_" in name}
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
 def test_a_saved_adapter_is_small_and_loads_to_the_same_logits(folder, tmp_path):
@@ -176,14 +121,6 @@ def test_adapters_follow_the_base_layer_where_peft_is_told_not_to_cast(folder):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
-def test_an_adapter_can_start_from_activations(folder):
-    options = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(adjust_scaling_factors=False)}
-    model = adapted(folder, **options)
-    peft.initialize_lora_eva_weights(model, [{"input_ids": IDS}], show_progress_bar=False)
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.05
-
-
 def test_merging_is_refused_and_the_way_the_message_tells_works(folder, tmp_path):
     model = adapted(folder, target_modules=[*TARGETS, "embed_tokens"])
     train(model, steps=2)
@@ -215,83 +152,6 @@ def test_what_takes_the_weight_apart_is_refused(folder, options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* does not work on a quantized layer") as error:
         adapted(folder, **options)
     assert "\n" not in str(error.value)
-
-
-def test_activated_lora_starts_at_its_invocation(folder):
-    model = adapted(folder, alora_invocation_tokens=[5, 6])  # in the first sequence only
-    losses = train(model)
-    assert losses[-1] < losses[0]
-    with model.disable_adapter():
-        base = logits(model)
-    found = logits(model)
-    assert torch.equal(found[1:], base[1:])
-    assert torch.equal(found[0, :4], base[0, :4])
-    assert not torch.equal(found[0, 4:], base[0, 4:])
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(folder, reentrant):
-    plain, checkpointed = adapted(folder), adapted(folder)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    checkpointed.enable_input_require_grads()
-    for model in (plain, checkpointed):
-        model.train()
-        model(IDS, labels=IDS).loss.backward()
-    for (name, ours), theirs in zip(checkpointed.named_parameters(), plain.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name
-        if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def test_gradients_are_those_of_the_dense_model(folder):
-    quantized = adapted(folder)
-    torch.manual_seed(0)
-    dense = peft.get_peft_model(load(folder).dequantize(), quantized.peft_config["default"])
-    for model in (quantized, dense):
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.constant_(parameter, 0.01)
-        model(IDS, labels=IDS).loss.backward()
-    adapters = [{n: p.grad for n, p in model.named_parameters() if "lora_" in n} for model in (quantized, dense)]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, grad in adapters[0].items():
-        torch.testing.assert_close(grad, adapters[1][name], msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_autocast(folder, base):
-    losses = train(adapted(folder, base), autocast=True)
-    assert losses[-1] < losses[0] - 0.05
-
-
-def trainer(model, folder, **options):
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True, **options,
-    )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in IDS]
-    return transformers.Trainer(model=model, args=arguments, train_dataset=data)
-
-
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=str)
-def test_trainer_takes_an_adapted_model(folder, tmp_path, options):
-    model = adapted(folder)
-    before = base_tensors(model)
-    start = logits(model)
-    assert trainer(model, tmp_path, **options).train().global_step == 2
-    assert not torch.equal(logits(model), start)
-    assert all(torch.equal(before[name], tensor) for name, tensor in base_tensors(model).items())
-
-
-def test_trainer_takes_adapters_that_transformers_attached(folder, tmp_path):
-    model = load(folder)
-    model.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2))
-    assert trainer(model, tmp_path).train().global_step == 2
-
-
-def test_trainer_refuses_a_quantized_model_without_adapters(folder, tmp_path):
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        trainer(load(folder), tmp_path)
 
 
 def test_the_example_of_the_readme(folder, tmp_path):

@@ -113,7 +113,7 @@ def _dense(layer: VQuantLinear) -> nn.Linear:
 
 def _quantized_paths(model: nn.Module) -> list[str]:
     """Layers that "all-linear" means: adapted ones peft finds itself, and the output head it leaves out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         path
         for path, module in model.named_modules()
