@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vptq.evaluate import evaluate
     from vptq.linear import VQuantLinear
     from vptq.model import AutoModelForCausalLM
+    from vptq.quantize.finetune_folder import finetune
     from vptq.quantize.pipeline import quantize
     from vptq.quantize.plan import Plan
     from vptq.quantize.planner import plan
@@ -48,6 +49,7 @@ __all__ = [
     "VQuantLinear",
     "__version__",
     "evaluate",
+    "finetune",
     "plan",
     "quantize",
     "spec_for_bits",
@@ -68,6 +70,7 @@ _HOME = {
     "TensorSpec": "vptq.config",
     "VPTQError": "vptq.errors",
     "VQuantLinear": "vptq.linear",
+    "finetune": "vptq.quantize.finetune_folder",
     "plan": "vptq.quantize.planner",
     "spec_for_bits": "vptq.spec",
     "tensor_specs": "vptq.config",

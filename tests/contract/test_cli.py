@@ -26,6 +26,10 @@ PROMISED = {
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
         *("--hessian", "--finetune"),
     },
+    "finetune": {
+        *("-o", "--output", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--overwrite"),
+        "--resume",
+    },
     "eval": {
         *("--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"),
         *("--tasks", "--task-dir", "--limit", "--batch-size"),

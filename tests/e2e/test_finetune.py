@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import vptq
 from vptq.errors import CalibrationError, ConfigError
-from vptq.quantize import activations, setup
-from vptq.quantize.report import ProgressEvent, Report
+from vptq.quantize import activations, finetune_folder, setup
+from vptq.quantize.report import ProgressEvent, Report, load_report
 from vptq.quantize.student import Student
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles
@@ -96,7 +96,7 @@ def test_training_that_does_harm_is_thrown_away(untrained: Path, tiny_model_fold
     plain = tensors(tmp_path / "out")
     assert all(tensor.isfinite().all() for tensor in tensors(untrained).values() if tensor.is_floating_point())
     assert plain.keys() == tensors(untrained).keys()
-    report = vptq.quantize.report.load_report(untrained)
+    report = load_report(untrained)
     assert report.finetuning["after"] == report.finetuning["before"]
 
 
@@ -188,3 +188,35 @@ def test_text_of_one_sequence_is_refused_before_anything_is_quantized(tiny_model
 def test_an_unknown_kind_of_finetuning_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--finetune is 'all'; choose one of none, block, e2e, both"):
         vptq.quantize(tiny_model_folder, tmp_path / "out", SPEC, finetune="all", **QUICK)
+
+
+def test_a_folder_that_is_there_is_finetuned(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_folder, "TrainingConfig", lambda: TrainingConfig(rate=1e-2, epochs=4))
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    vptq.quantize(tiny_model_folder, folder, SPEC, **QUICK)
+    done = vptq.finetune(folder, tiny_model_folder, out, **QUICK)
+    assert done.after < 0.9 * done.before
+    before, after = tensors(folder), tensors(out)
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("indices"))
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    report = load_report(out)
+    assert report is not None
+    assert report.finetuning["after"] == done.after
+    assert "finetuning" in (out / "README.md").read_text()
+    assert {path.name for path in folder.iterdir()} < {path.name for path in out.iterdir()}
+    assert not (tmp_path / "out.work").exists()
+    vptq.AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_another_models_folder_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    vptq.quantize(tiny_model_folder, folder, SPEC, rotate=True, **QUICK)
+    with pytest.raises(ConfigError, match=r"lm_head.weight of .* is not that of the original"):
+        vptq.finetune(folder, tiny_model_folder, tmp_path / "out", **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    with pytest.raises(ConfigError, match="is quantized itself"):
+        vptq.finetune(folder, folder, tmp_path / "out", **QUICK)

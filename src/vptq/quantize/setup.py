@@ -92,23 +92,20 @@ def prepare(
             f"--rotate with --hessian-dir {hessian_dir}: those Hessians belong to the model without rotations; leave"
             " one of the two out"
         )
-    if output.exists() and not overwrite and not resume:
-        raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
-    if output.exists() and resume:
-        raise ConfigError(f"{output} is finished; there is nothing to resume")
+    check_output(output, overwrite=overwrite, resume=resume)
     memory_model = model if isinstance(model, nn.Module) else None
     source = None if isinstance(model, nn.Module) else resolve_model(model)
     config = memory_model.config if memory_model is not None else load_config(source)  # type: ignore[arg-type]
     if getattr(config, "quantization_config", None) and not (source and source.gguf_file):
         raise ConfigError(f"{source or 'the model'} is quantized already; start from the original weights")
-    stored, place, workspace = dtype or _stored_dtype(config), _checked_device(device), Workspace(output)
+    stored, place, workspace = dtype or _stored_dtype(config), checked_device(device), Workspace(output)
     return Job(
         original=Original(
             source, memory_model, config, place, compute_dtype(place, stored), workspace.folder / "original"
         ),
         output=output,
         spec=chosen,
-        calibration=_checked_calibration(calibration),
+        calibration=checked_calibration(calibration),
         sequences=sequences,
         seqlen=seqlen,
         seed=seed,
@@ -129,14 +126,24 @@ def prepare(
     )
 
 
-def _checked_calibration(calibration: str) -> str:
+def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raises ConfigError where a run would have to replace a folder, or resume a finished one."""
+    if output.exists() and not overwrite and not resume:
+        raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
+    if output.exists() and resume:
+        raise ConfigError(f"{output} is finished; there is nothing to resume")
+
+
+def checked_calibration(calibration: str) -> str:
+    """The calibration source, a file by its whole path; ConfigError where a file is meant and missing."""
     looks_like_file = calibration != SELF and (Path(calibration).suffix == ".txt" or calibration.startswith(("/", ".")))
     if looks_like_file and not Path(calibration).is_file():
         raise ConfigError(f"--calibration: there is no file {calibration}")
     return str(Path(calibration).resolve()) if Path(calibration).is_file() else calibration
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device that is meant; ConfigError where this machine lacks it."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,158 @@
+"""Finetuning a quantized folder that is there already, whoever made it: `vptq finetune DIR MODEL -o OUT`.
+
+Most published VPTQ models were never finetuned. Their indices stay as they are, and so do size and format; what is
+written is the folder again with other codebooks, scales and norms (`finetune.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
+from vptq.errors import ConfigError
+from vptq.quantize.calibration import load_calibration
+from vptq.quantize.card import save_card
+from vptq.quantize.finetune import FinetuneReport, Finetuning
+from vptq.quantize.original import Original, compute_dtype
+from vptq.quantize.report import ProgressCallback, load_report, save_report
+from vptq.quantize.setup import check_output, checked_calibration, checked_device
+from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.training import TrainingConfig
+from vptq.quantize.weights import WeightFiles, tied_weights
+from vptq.quantize.workspace import Workspace
+from vptq.source import load_config, load_tokenizer, resolve_model
+
+REPORT_NAME = "finetune.json"
+
+
+def finetune(
+    folder: str | Path,
+    original: str | Path,
+    output_dir: str | Path,
+    *,
+    calibration: str | Path = "self",
+    sequences: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+) -> FinetuneReport:
+    """Trains a quantized model's codebooks, scales and norms towards its original's predictions.
+
+    Args:
+        folder: the quantized model.
+        original: hub id, local folder or GGUF file of the model it was made from.
+        output_dir: must not exist, unless `overwrite` or `resume`.
+        calibration: as for `vptq.quantize`.
+        sequences: to train on; a sixteenth more only judges.
+        seqlen: tokens a sequence.
+        seed: of the sampled text and of the order of sequences.
+        device: "auto" (CUDA when there is one), "cpu", "cuda:1", ...
+        overwrite: replace an output folder that exists.
+        resume: go on with an interrupted run.
+        progress: told about every step.
+
+    Returns:
+        What training did; it is stored in finetune.json, and in report.json where the folder has one.
+
+    Raises:
+        VPTQError: one of its kinds, with one line that says what to do.
+    """
+    folder, output, tell = Path(folder), Path(output_dir), progress or (lambda event: None)
+    check_output(output, overwrite=overwrite, resume=resume)
+    if sequences < 1 or seqlen < 2:
+        raise ConfigError(f"--sequences is {sequences} and --seqlen {seqlen}; at least 1 and 2 are needed")
+    text, place, workspace = checked_calibration(str(calibration)), checked_device(device), Workspace(output)
+    stored = _stored_dtype(folder)
+    source = resolve_model(original)
+    config = load_config(source)
+    if getattr(config, "quantization_config", None) and source.gguf_file is None:
+        raise ConfigError(f"{source} is quantized itself; give the model that {folder} was made from")
+    teacher = Original(source, None, config, place, compute_dtype(place, stored), workspace.folder / "original")
+    training, held_out = TrainingConfig(), max(2, sequences // 16)
+    settings = {
+        **{"folder": str(folder.resolve()), "model": str(source), "calibration": text, "sequences": sequences},
+        **{"seqlen": seqlen, "seed": seed, "device": place.type, "training": dataclasses.asdict(training)},
+    }
+    workspace.open(settings, overwrite=overwrite, resume=resume)
+
+    def make() -> tuple[Tensor, dict[str, Any]]:
+        wanted = sequences + held_out
+        made = load_calibration(text, load_tokenizer(source), wanted, seqlen, seed, teacher.whole_model, tell)
+        return made.tokens, {"description": made.description}
+
+    try:
+        skeleton = teacher.open_skeleton()
+        _check_same_head(folder, skeleton)
+        tokens, _ = workspace.tokens(make)
+        run = Finetuning(
+            folder, skeleton, tokens, min(held_out, len(tokens) // 2), workspace.folder, stored, place, seed, training,
+            tell,
+        )  # fmt: skip
+        done, trained = run.run()
+    except ConfigError:
+        if not workspace.resumed:
+            workspace.remove()  # the same input would fail again
+        raise
+    _write(folder, output, trained, done, base_model=teacher.base_model, overwrite=overwrite)
+    workspace.remove()
+    return done
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The float dtype of the quantized layers of a folder, which is checked on the way.
+
+    Raises:
+        CheckpointError: it is no quantized model, or damaged.
+    """
+    stored = Checkpoint.open(folder)
+    path = next(iter(stored.layers()))
+    return stored.headers[f"{path}.centroids.weight"].dtype
+
+
+def _check_same_head(folder: Path, original: Skeleton) -> None:
+    """Both models' last hidden states go through the quantized model's head, so it has to be the original's."""
+    head: Any = original.model.get_output_embeddings()  # type: ignore[operator]
+    path = next((path for path, module in original.model.named_modules() if module is head), "")
+    name, files = tied_weights(original.model).get(f"{path}.weight", f"{path}.weight"), WeightFiles(folder)
+    if name not in files or name not in original.files:
+        raise ConfigError(f"{folder} does not hold the output head of its original ({name}): it cannot be finetuned")
+    ours, theirs = files.load(name), original.files.load(name)
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+        raise ConfigError(
+            f"{name} of {folder} is not that of the original: give the model it was made from; one made with --rotate "
+            "or with a finetuned head cannot be finetuned this way"
+        )
+
+
+def _write(
+    folder: Path,
+    output: Path,
+    trained: Mapping[str, Tensor],
+    done: FinetuneReport,
+    *,
+    base_model: str | None,
+    overwrite: bool,
+) -> None:
+    """The folder again with the trained tensors in place of its own, and reports that say so."""
+    files = WeightFiles(folder)
+    with staged_folder(output, overwrite) as staging:
+        save_tensors(staging, ((n, trained[n].to(files.load(n)) if n in trained else files.load(n)) for n in files))
+        for path in folder.iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                shutil.copy2(path, staging)
+        write_json(staging / REPORT_NAME, dataclasses.asdict(done))
+        report = load_report(folder)
+        if report is not None:
+            report.finetuning = dataclasses.asdict(done)
+            save_report(report, staging)
+            save_card(report, staging, base_model)
