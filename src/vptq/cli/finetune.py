@@ -32,9 +32,9 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with an interrupted run, from its last measurement.")
     ] = False,
 ) -> None:
-    """Train a quantized model's codebooks, scales and norms towards its original, MODEL.
+    """Train a folder's codebooks and norms towards its original.
 
-    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Indices and size stay; what does not bring the
+    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; indices and size stay. What does not bring the
     model nearer on text that was held out is thrown away.
     """
     if overwrite and resume:
