@@ -34,8 +34,8 @@ def finetune(
 ) -> None:
     """Train a folder's codebooks and norms towards its original.
 
-    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; indices and size stay. What does not bring the
-    model nearer on text that was held out is thrown away.
+    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; indices and size stay.
+    What does not bring the model nearer on text that was held out is thrown away.
     """
     if overwrite and resume:
         raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
