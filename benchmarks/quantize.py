@@ -69,7 +69,7 @@ def block_layers(arguments: argparse.Namespace, clock: Clock) -> Iterator[Layer]
         for group, moment in moments:
             hessian = moment.hessian()
             for name in group.names:
-                yield Layer(name, linears[name].weight.data, hessian, original.job.layer_config(linears[name]))
+                yield Layer(name, linears[name].weight.data, hessian, original.job.layer_config(name, linears[name]))
 
 
 def run(layer: Layer, clock: Clock) -> dict[str, Any]:
