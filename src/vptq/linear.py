@@ -60,6 +60,11 @@ class Codebook(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def _is_autocast(device: str) -> bool:
+    # Some devices, meta among them, know no autocast, and asking them is an error.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class VQuantLinear(nn.Module):
     """A linear layer y = x W^T + bias whose weight is vector-quantized.
 
@@ -197,7 +202,7 @@ class VQuantLinear(nn.Module):
         """
         bias = self._parameters["bias"]
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
-            if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            if x.is_floating_point() and _is_autocast(x.device.type):
                 # Who trains under autocast expects a linear layer to take what it gets.
                 return functional.linear(x, self.dequantize_with_gradient(), bias)
             check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
