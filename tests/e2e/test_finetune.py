@@ -124,15 +124,10 @@ def test_blocks_are_trained_and_norms_with_them(
     monkeypatch.setattr(activations, "TOKENS_PER_BATCH", 48)
     lines: list[str] = []
     out = tmp_path / "out"
-    report = vptq.quantize(
-        tiny_model_folder,
-        out,
-        SPEC,
-        finetune="block",
-        progress=lambda e: lines.append(e.message),
-        sequences=64,
-        seqlen=24,
-    )
+    options: dict[str, Any] = QUICK | {"sequences": 64}
+    vptq.quantize(tiny_model_folder, tmp_path / "plain", SPEC, **options)
+    options["progress"] = lambda event: lines.append(event.message)
+    report = vptq.quantize(tiny_model_folder, out, SPEC, finetune="block", **options)
     assert len(report.block_finetuning) == 2
     assert all(after < before for before, after in report.block_finetuning), lines
     assert sum("error of its output" in line for line in lines) == 2
@@ -140,6 +135,10 @@ def test_blocks_are_trained_and_norms_with_them(
     norms = [name for name in original if name.endswith("layernorm.weight")]
     assert len(norms) == 4
     assert all(not torch.equal(original[name].to(stored[name].dtype), stored[name]) for name in norms)
+    plain, first = tensors(tmp_path / "plain"), "model.layers.0.self_attn.q_proj."
+    assert torch.equal(plain[f"{first}indices"], stored[f"{first}indices"])
+    for leaf in ("centroids.weight", "weight_scale", "weight_bias"):
+        assert not torch.equal(plain[first + leaf], stored[first + leaf]), leaf
     vptq.AutoModelForCausalLM.from_pretrained(out)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.linear import VQuantLinear
-from vptq.quantize.training import Trainer, TrainingConfig
+from vptq.quantize.training import Trainer, TrainingConfig, trained_parameters
 
 HELD_OUT_SHARE = 16
 """One batch of calibration sequences in so many only judges (at least one)."""
@@ -64,11 +64,10 @@ def tune_block(
         The best state found, by the held-out batches.
     """
     student = _student(original, layers).to(batches[0].device)
-    trained = _trained(student)
     held_out = max(1, len(batches) // HELD_OUT_SHARE)
     judges, texts = batches[len(batches) - held_out :], batches[: max(1, len(batches) - held_out)]
     steps = max(1, len(texts) * config.epochs)
-    trainer = Trainer(trained, dtype, config, steps)
+    trainer = Trainer(trained_parameters(student), dtype, config, steps)
 
     def error(hidden: Tensor) -> Tensor:
         with torch.no_grad():
@@ -101,15 +100,3 @@ def _student(original: nn.Module, layers: Mapping[str, tuple[LayerConfig, Mappin
     for path, (config, tensors) in layers.items():
         student.set_submodule(path, VQuantLinear.from_tensors(config, tensors, torch.float32))
     return student
-
-
-def _trained(block: nn.Module) -> dict[str, nn.Parameter]:
-    """All floats of quantized layers, and the vectors of everything else: norms."""
-    block.requires_grad_(False)
-    for module in block.modules():
-        if isinstance(module, VQuantLinear):
-            module.train_floats()
-        elif not isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(parameter.dim() == 1)
-    return {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}

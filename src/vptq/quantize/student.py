@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vptq.checkpoint import Checkpoint
-from vptq.linear import Codebook, VQuantLinear
+from vptq.linear import VQuantLinear
 from vptq.quantize.head import logits_of, loss_in_slices
 from vptq.quantize.skeleton import Skeleton, recompute
+from vptq.quantize.training import trained_parameters
 from vptq.quantize.weights import WeightFiles
 
 
@@ -57,15 +58,8 @@ class Student:
             recompute(block)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What training moves, by name, asked for gradients: all floats of quantized layers, and the norms' vectors."""
-        self.model.requires_grad_(False)
-        for module in self.model.modules():
-            if isinstance(module, VQuantLinear):
-                module.train_floats()
-            elif not isinstance(module, nn.Embedding | nn.Linear | Codebook):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(parameter.dim() == 1)
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """What training moves, by name, asked for gradients."""
+        return trained_parameters(self.model)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The last hidden states [batch, seqlen, width] of tokens [batch, seqlen], the final norm applied."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vptq.checkpoint import save_tensors, staged_folder, write_json
+from vptq.linear import Codebook, VQuantLinear
 from vptq.quantize.weights import WeightFiles
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -50,6 +51,18 @@ class TrainingConfig:
         if step < rising:
             return self.rate * (step + 1) / rising
         return self.rate * 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The floats of quantized layers in `module` and the vectors of its norms, by name; they alone get gradients."""
+    module.requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, VQuantLinear):
+            part.train_floats()
+        elif not isinstance(part, nn.Embedding | nn.Linear | Codebook):
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(parameter.dim() == 1)
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 @dataclass
