@@ -78,7 +78,7 @@ def test_hessians_count_a_token_as_often_as_it_weighs() -> None:
     plain.add(x.flatten(0, 1).repeat_interleave(repeats, 0))
     weighted.add(x, weights)
     torch.testing.assert_close(weighted.hessian() * weighted.tokens, plain.hessian() * plain.tokens)
-    paired, repeated = PairedAccumulator(6), PairedAccumulator(6)
+    paired, repeated = PairedAccumulator(weighted), PairedAccumulator(plain)
     paired.add(x, y, weights)
     repeated.add(*(inputs.flatten(0, 1).repeat_interleave(repeats, 0) for inputs in (x, y)))
     one, other = paired.moments(0.01), repeated.moments(0.01)

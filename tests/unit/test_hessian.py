@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from solver_problems import correlated_hessian, seeded
 
 from vptq.errors import CalibrationError
-from vptq.quantize.hessian import HessianAccumulator, PairedAccumulator, inverse_factor, load_hessian
+from vptq.quantize.hessian import (
+    QUANTIZED_SHARE,
+    HessianAccumulator,
+    PairedAccumulator,
+    inverse_factor,
+    load_hessian,
+)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 2**31))
@@ -185,8 +191,10 @@ def paired_inputs(noise: float, tokens: int = 200, features: int = 8) -> tuple[t
 def test_the_paired_target_does_best_on_the_inputs_of_both_models(share: float) -> None:
     x, y = paired_inputs(noise=0.7)
     weight = torch.randn(5, 8, generator=seeded(4))
-    paired = PairedAccumulator(8, share=share)
+    original = HessianAccumulator(8)
+    paired = PairedAccumulator(original, share)
     for part_x, part_y in zip(x.split(30), y.split(30), strict=True):
+        original.add(part_x)
         paired.add(part_x, part_y)
     moments = paired.moments(damping=0.0)
 
@@ -206,19 +214,39 @@ def test_the_paired_target_does_best_on_the_inputs_of_both_models(share: float) 
 
 def test_where_both_models_agree_the_weight_stays() -> None:
     x, _ = paired_inputs(noise=0.0)
-    paired, alone = PairedAccumulator(8), HessianAccumulator(8)
-    paired.add(x, x)
+    alone = HessianAccumulator(8)
+    paired = PairedAccumulator(alone)
     alone.add(x)
+    paired.add(x[:100], x[:100])  # the pairs may be a part of the original's inputs
     weight = torch.randn(5, 8, generator=seeded(5)).bfloat16()
     assert torch.equal(paired.moments(0.01).target(weight), weight.float())
-    torch.testing.assert_close(paired.moments(0.01).hessian, alone.hessian())
+    pairs = HessianAccumulator(8)
+    pairs.add(x[:100])
+    expected = (1.0 - QUANTIZED_SHARE) * alone.hessian() + QUANTIZED_SHARE * pairs.hessian()
+    torch.testing.assert_close(paired.moments(0.01).hessian, expected)
     assert paired.tokens == alone.tokens == len(x)
+
+
+def test_inputs_that_only_one_model_has_are_a_plain_hessian() -> None:
+    x, y = paired_inputs(noise=0.5)
+    one, empty = HessianAccumulator(8), HessianAccumulator(8)
+    one.add(x)
+    moments = PairedAccumulator(one).moments(0.01)
+    assert moments.shift is None
+    assert torch.equal(moments.hessian, one.hessian())
+    paired, other = PairedAccumulator(empty), HessianAccumulator(8)
+    paired.add(x, y)
+    other.add(y)
+    assert paired.moments(0.01).shift is None
+    assert torch.equal(paired.moments(0.01).hessian, other.hessian())
 
 
 def test_pairs_are_refused_like_single_inputs() -> None:
     with pytest.raises(CalibrationError, match="no calibration input"):
-        PairedAccumulator(3).moments(0.01)
-    paired = PairedAccumulator(2)
-    paired.add(torch.tensor([[float("nan"), 1.0]]), torch.ones(1, 2))
+        PairedAccumulator(HessianAccumulator(3)).moments(0.01)
+    original = HessianAccumulator(2)
+    original.add(torch.ones(1, 2))
+    paired = PairedAccumulator(original)
+    paired.add(torch.ones(1, 2), torch.tensor([[float("nan"), 1.0]]))
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         paired.moments(0.01)

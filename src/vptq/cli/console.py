@@ -5,14 +5,19 @@ Results go to standard output, everything about the way there to standard error,
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
+
+from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
     from vptq.quantize.report import ProgressEvent
@@ -59,6 +64,22 @@ def facts(rows: dict[str, str]) -> Table:
     for what, value in rows.items():
         table.add_row(what, value)
     return table
+
+
+def check_json_file(path: Path | None) -> None:
+    """Raises ConfigError where --json names no file that could be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"--json {path} is no file in a folder that exists; choose another")
+
+
+def write_json_file(data: Mapping[str, Any], path: Path) -> None:
+    """Writes what --json asks for, under a temporary name first; ConfigError where that cannot be done."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write --json {path}: {error.strerror}") from error
 
 
 def file_size(count: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vptq.cli.console import facts, messages, output, plain_table, print_warning, quiet_transformers
+from vptq.cli.console import (
+    check_json_file,
+    facts,
+    messages,
+    output,
+    plain_table,
+    print_warning,
+    quiet_transformers,
+    write_json_file,
+)
 from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
-from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
     from vptq.evaluate import Estimate, Evaluation
@@ -60,8 +67,7 @@ def evaluate(
     vptq eval DIR --reference MODEL --text wikitext2 --text mine.txt --windows 20
     vptq eval DIR --reference MODEL --tasks hellaswag,piqa,arc_easy --limit 500
     """
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {json_file} is no file in a folder that exists; choose another")
+    check_json_file(json_file)
     task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not task_names:
         raise typer.BadParameter("it names no task", param_hint="--tasks")
@@ -90,7 +96,7 @@ def evaluate(
             )
     _print_result(result)
     if json_file is not None:
-        _write_json(result, json_file)
+        write_json_file(result.to_dict(), json_file)
 
 
 class _Bars(Progress):
@@ -152,12 +158,3 @@ def _task_table(result: Evaluation) -> Table:
 
 def _with_error(estimate: Estimate) -> str:
     return f"{estimate.value:.4f}" + ("" if estimate.stderr is None else f" ± {estimate.stderr:.4f}")
-
-
-def _write_json(result: Evaluation, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write --json {path}: {error.strerror}") from error

@@ -12,9 +12,12 @@ from vptq.cli.options import (
     CalibrationOption,
     DeviceOption,
     OriginalArgument,
+    OverwriteOption,
+    ResumeOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
+    check_start,
 )
 
 
@@ -27,18 +30,15 @@ def finetune(
     seqlen: SeqlenOption = 2048,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, from its last measurement.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
 ) -> None:
     """Train a folder's codebooks and norms towards its original.
 
     For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; indices and size stay.
     What does not bring the model nearer on text that was held out is thrown away.
     """
-    if overwrite and resume:
-        raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
+    check_start(overwrite, resume)
     quiet_transformers()
     from vptq.quantize.finetune_folder import finetune as finetune_folder
 

@@ -57,6 +57,10 @@ StoredDtypeOption = Annotated[
     StoredType | None,
     typer.Option("--dtype", help="Float type of the codebooks and unquantized weights.  [default: the model's]"),
 ]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run, from the last state it has stored.")
+]
 NormOption = Annotated[
     bool | None, typer.Option("--norm/--no-norm", help="Normalize input columns.  [default: what the spec says]")
 ]
@@ -70,3 +74,9 @@ AbsorbPermOption = Annotated[
         "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
     ),
 ]
+
+
+def check_start(overwrite: bool, resume: bool) -> None:
+    """Refuses the two ways to start together."""
+    if overwrite and resume:
+        raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")

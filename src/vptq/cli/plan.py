@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vptq.cli.console import StageBars, facts, file_size, output, plain_table, quiet_transformers
+from vptq.cli.console import (
+    StageBars,
+    check_json_file,
+    facts,
+    file_size,
+    output,
+    plain_table,
+    quiet_transformers,
+    write_json_file,
+)
 from vptq.cli.options import (
     AbsorbPermOption,
     BitsOption,
@@ -26,7 +34,6 @@ from vptq.cli.options import (
     SizeOption,
     StoredDtypeOption,
 )
-from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
     from vptq.quantize.plan import Plan, PlannedLayer
@@ -54,8 +61,7 @@ def plan(
     """
     if (bits is None) == (size is None):
         raise typer.BadParameter("give one of --bits and --size", param_hint="--bits")
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {json_file} is no file in a folder that exists; choose another")
+    check_json_file(json_file)
     quiet_transformers()
     import torch
 
@@ -79,7 +85,7 @@ def plan(
         )
     _print_plan(made)
     if json_file is not None:
-        _write_json(made, json_file)
+        write_json_file(made.to_dict(), json_file)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -114,12 +120,3 @@ def _kind(layer: PlannedLayer) -> str:
     """What the same matrix is called in every block: its path inside it, experts as one."""
     inside = re.sub(r"^.*?\.\d+\.", "", layer.name)
     return re.sub(r"\.\d+(?=\.)", ".*", inside)
-
-
-def _write_json(plan: Plan, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write --json {path}: {error.strerror}") from error

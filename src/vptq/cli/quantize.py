@@ -16,12 +16,15 @@ from vptq.cli.options import (
     DeviceOption,
     NormOption,
     OriginalArgument,
+    OverwriteOption,
     PermOption,
+    ResumeOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
     SizeOption,
     StoredDtypeOption,
+    check_start,
 )
 
 if TYPE_CHECKING:
@@ -111,10 +114,8 @@ def quantize(
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, from its last block.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
 ) -> None:
     """Quantize a language model's linear layers.
 
@@ -122,8 +123,7 @@ def quantize(
     """
     if [spec, bits, size].count(None) < 2:
         raise typer.BadParameter("give one of --spec, --bits and --size, not more", param_hint="--spec")
-    if overwrite and resume:
-        raise typer.BadParameter("give --overwrite or --resume, not both", param_hint="--resume")
+    check_start(overwrite, resume)
     quiet_transformers()
     import torch
 

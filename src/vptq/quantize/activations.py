@@ -58,11 +58,11 @@ class Activations:
         for batch, entering in zip(self.batches, itertools.chain([first], hidden), strict=True):
             batch.copy_(entering)
 
-    def fork(self) -> Activations:
-        """The same hidden states once more, to go another way from here."""
-        other = copy.copy(self)
-        states = torch.cat(self.batches)
-        other.batches = list(states.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
+    def fork(self, every: int = 1) -> Activations:
+        """The hidden states of every batch, or of one in so many, once more, to go another way from here."""
+        other, kept = copy.copy(self), self.batches[::every]
+        states = torch.cat(kept)
+        other.batches = list(states.split([len(batch) for batch in kept]))  # type: ignore[no-untyped-call]
         return other
 
     @property
@@ -156,8 +156,11 @@ class Activations:
         parts: list[Tensor] = list(weights.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
         return parts
 
-    def inputs_of(self, name: str, index: int, block: nn.Module | None = None) -> Iterator[Tensor | None]:
-        """For each batch, what linear layer `name` is first given in block `index`, or in `block` in its place."""
+    def inputs_of(
+        self, name: str, index: int, *, block: nn.Module | None = None, every: int = 1
+    ) -> Iterator[Tensor | None]:
+        """For one batch in `every`, what linear layer `name` is first given in block `index`, or in `block` in its
+        place."""
         block = self._skeleton.blocks[index] if block is None else block
         seen: Tensor | None = None
 
@@ -167,7 +170,7 @@ class Activations:
             raise Stop
 
         with _hooks([block.get_submodule(name).register_forward_pre_hook(hook)]):
-            for batch in self.batches:
+            for batch in self.batches[::every]:
                 seen = None
                 self._run(block, index, batch)
                 yield seen

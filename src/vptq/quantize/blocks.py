@@ -2,7 +2,8 @@
 
 In "quantized" mode a layer is solved against what the quantized layers before it really feed it, inside the block too.
 In "original" mode all Hessians of a block come from one pass of the original model, as published Hessian files do. In
-"both" mode both models run, and a layer is solved for the inputs of either (`hessian.PairedAccumulator`).
+"both" mode both models run, and a layer is solved for the inputs of either (`hessian.PairedAccumulator`): those of the
+original come from one pass over the whole text, those of both at once from a part of it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,25 @@ Solved = dict[str, tuple[LayerReport, Mapping[str, Tensor]]]
 BROKEN_LOSS_FACTOR = 4.0
 """No source is harder than a Gaussian, whose distortion at R bits is 2^-2R; k-means codebooks of every size in use stay
 within 1.7 times of that (docs/algorithm.md). A proxy loss beyond 4 times means wrong data, not a small codebook."""
+
+
+PAIRED_EVERY = 4
+"""In "both" mode the inputs of the two models are compared on one batch in so many (docs/log.md has what it costs)."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What the original makes of a block's inputs.
+
+    Attributes:
+        block: with the original's weights.
+        sample: the original's hidden states at its input, one batch in `PAIRED_EVERY`.
+        hessians: first layer of an input group -> E[x x^T] of the original over all of the text.
+    """
+
+    block: nn.Module
+    sample: Activations
+    hessians: Mapping[str, HessianAccumulator]
 
 
 @dataclass
@@ -97,12 +117,12 @@ class BlockSolver:
         groups = activations.input_groups(index)
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
-        keep = self._original is not None or self.job.trains_blocks
-        before = copy.deepcopy(self.skeleton.blocks[index]) if keep else None
+        before = copy.deepcopy(self.skeleton.blocks[index]) if self._original or self.job.trains_blocks else None
+        pairs = None if before is None else self._run_original(index, before, [] if at_once else groups)
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
-            if self._original is not None and before is not None and not at_once:
-                moments = [self._paired(activations, index, some[0], before)]
+            if pairs is not None and not at_once:
+                moments = [self._paired(activations, index, some[0], pairs)]
             else:
                 weights = [self._weights(index, group) for group in some]
                 accumulated = activations.hessians(index, some, weights=weights, advance=original)
@@ -113,8 +133,6 @@ class BlockSolver:
             tuned = self._tune(activations, index, solved, before)
         if not original:
             activations.run_block(index, advance=True)
-        if self._original is not None:
-            self._original.run_block(index, advance=True, block=before)
         return solved, tuned
 
     def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
@@ -138,14 +156,24 @@ class BlockSolver:
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
 
-    def _paired(self, activations: Activations, index: int, group: InputGroup, before: nn.Module) -> Moments:
+    def _run_original(self, index: int, before: nn.Module, groups: Sequence[InputGroup]) -> _Pairs | None:
+        """The original runs through the block, which is still its own; None where it does not run along."""
+        if self._original is None:
+            return None
+        sample = self._original.fork(PAIRED_EVERY)
+        weights = [self._weights(index, group) for group in groups]
+        seen = self._original.hessians(index, groups, weights=weights, advance=True)
+        return _Pairs(before, sample, {group.names[0]: hessian for group, hessian in zip(groups, seen, strict=True)})
+
+    def _paired(self, activations: Activations, index: int, group: InputGroup, pairs: _Pairs) -> Moments:
         """One pass of the block as it was, and as it is now, up to the inputs of `group`."""
-        assert self._original is not None
-        paired, name = PairedAccumulator(group.features, self.job.device), group.names[0]
-        streams = self._original.inputs_of(name, index, before), activations.inputs_of(name, index)
-        for x, y, counts in zip(*streams, activations.split(self._weights(index, group)), strict=True):
+        name = group.names[0]
+        paired = PairedAccumulator(pairs.hessians[name])
+        counts = activations.split(self._weights(index, group))[::PAIRED_EVERY]
+        was = pairs.sample.inputs_of(name, index, block=pairs.block)
+        for x, y, count in zip(was, activations.inputs_of(name, index, every=PAIRED_EVERY), counts, strict=True):
             if y is not None:  # an expert may get other tokens than it did, or none
-                paired.add(y if x is None or x.shape != y.shape else x, y, counts)
+                paired.add(y if x is None or x.shape != y.shape else x, y, count)
         return self._moments(index, group, paired)
 
     def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:

@@ -51,11 +51,13 @@ class HessianAccumulator:
 
     Attributes:
         features: width n of the inputs.
+        device: where the sums are.
         tokens: how many input rows were added.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
+        self.device = torch.device(device)
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
@@ -99,24 +101,26 @@ class PairedAccumulator:
     at W + W D for D = g E[(x - y) y^T] H^-1: so Q is chosen near that, under H, and undoes some of what the layers
     before it did wrong. (g = 1 is the objective of GPTAQ, arXiv 2504.02692; it moves the weights furthest and trusts
     the calibration text most.)
+
+    E[x x^T] may come from more tokens than the two others: a run of the quantized model for every layer is what costs.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu", share: float = QUANTIZED_SHARE) -> None:
-        self._original = HessianAccumulator(features, device)
-        self._quantized = HessianAccumulator(features, device)
-        self._cross = torch.zeros(features, features, dtype=torch.float32, device=device)
+    def __init__(self, original: HessianAccumulator, share: float = QUANTIZED_SHARE) -> None:
+        """Starts with E[x x^T], collected or still to be."""
+        self._original = original
+        self._quantized = HessianAccumulator(original.features, original.device)
+        self._cross = torch.zeros(original.features, original.features, dtype=torch.float32, device=original.device)
         self._share = share
 
     @property
     def tokens(self) -> int:
-        """How many pairs of inputs were added."""
-        return self._original.tokens
+        """How many inputs of the original, or pairs, were added."""
+        return max(self._original.tokens, self._quantized.tokens)
 
     def add(self, original: Tensor, quantized: Tensor, weights: Tensor | None = None) -> None:
         """Adds inputs [..., n] of the same tokens, any float dtype, each token times its weight [...]."""
         both = (inputs.reshape(-1, self._original.features).float() for inputs in (original, quantized))
         x, y = (weighted(inputs, weights) for inputs in both)
-        self._original.add(x)
         self._quantized.add(y)
         self._cross.addmm_((x - y).T, y)
 
@@ -126,9 +130,12 @@ class PairedAccumulator:
         Raises:
             CalibrationError: when nothing was added, or an input held NaN or infinity.
         """
+        pairs = self._quantized.tokens
+        if not pairs or not self._original.tokens:  # an expert that only one of the models ever chose
+            return (self._quantized if pairs else self._original).moments(damping)
         hessian = torch.lerp(self._original.hessian(), self._quantized.hessian(), self._share)
         factor, _ = inverse_factor(hessian, damping)
-        return Moments(hessian, (self._cross * (self._share / self.tokens)) @ (factor.T @ factor))
+        return Moments(hessian, (self._cross * (self._share / pairs)) @ (factor.T @ factor))
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
