@@ -46,6 +46,7 @@ class Activations:
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
         self._skeleton = skeleton
+        self._every = 1
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._calls: dict[int, list[BlockCall]] = {}
@@ -63,6 +64,7 @@ class Activations:
         other, kept = copy.copy(self), self.batches[::every]
         states = torch.cat(kept)
         other.batches = list(states.split([len(batch) for batch in kept]))  # type: ignore[no-untyped-call]
+        other._every = self._every * every
         return other
 
     @property
@@ -150,11 +152,11 @@ class Activations:
         return accumulators
 
     def split(self, weights: Tensor | None) -> Sequence[Tensor | None]:
-        """For each batch, its part of something a token [sequences, seqlen]."""
+        """For each batch, its part of something for every token there was at first [sequences, seqlen]."""
         if weights is None:
             return [None] * len(self.batches)
-        parts: list[Tensor] = list(weights.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
-        return parts
+        parts: list[Tensor] = list(weights.split(len(self.batches[0])))  # type: ignore[no-untyped-call]
+        return parts[:: self._every]
 
     def inputs_of(
         self, name: str, index: int, *, block: nn.Module | None = None, every: int = 1

@@ -3,7 +3,8 @@
 In "quantized" mode a layer is solved against what the quantized layers before it really feed it, inside the block too.
 In "original" mode all Hessians of a block come from one pass of the original model, as published Hessian files do. In
 "both" mode both models run, and a layer is solved for the inputs of either (`hessian.PairedAccumulator`): those of the
-original come from one pass over the whole text, those of both at once from a part of it.
+original come from one pass over the whole text, those of both at once from a part of it, and the quantized model need
+not run on more.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class BlockSolver:
 
     def __post_init__(self) -> None:
         if self.activations is not None and self.job.hessian_inputs == "both":
-            self._original = self.activations.fork()
+            self._original = self.activations
+            self.activations = self._original.fork(1 if self.job.trains_blocks else PAIRED_EVERY)
 
     def finish_block(self, index: int) -> list[LayerReport]:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
@@ -118,10 +120,12 @@ class BlockSolver:
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
         before = copy.deepcopy(self.skeleton.blocks[index]) if self._original or self.job.trains_blocks else None
-        pairs = None if before is None else self._run_original(index, before, [] if at_once else groups)
+        pairs = None if before is None else self._run_original(index, before, groups)
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
-            if pairs is not None and not at_once:
+            if pairs is not None and at_once:
+                moments = [self._moments(index, group, pairs.hessians[group.names[0]]) for group in some]
+            elif pairs is not None:
                 moments = [self._paired(activations, index, some[0], pairs)]
             else:
                 weights = [self._weights(index, group) for group in some]
@@ -169,9 +173,9 @@ class BlockSolver:
         """One pass of the block as it was, and as it is now, up to the inputs of `group`."""
         name = group.names[0]
         paired = PairedAccumulator(pairs.hessians[name])
-        counts = activations.split(self._weights(index, group))[::PAIRED_EVERY]
         was = pairs.sample.inputs_of(name, index, block=pairs.block)
-        for x, y, count in zip(was, activations.inputs_of(name, index, every=PAIRED_EVERY), counts, strict=True):
+        now = activations.inputs_of(name, index, every=PAIRED_EVERY if self.job.trains_blocks else 1)
+        for x, y, count in zip(was, now, pairs.sample.split(self._weights(index, group)), strict=True):
             if y is not None:  # an expert may get other tokens than it did, or none
                 paired.add(y if x is None or x.shape != y.shape else x, y, count)
         return self._moments(index, group, paired)
