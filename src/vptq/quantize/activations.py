@@ -46,7 +46,6 @@ class Activations:
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
         self._skeleton = skeleton
-        self._every = 1
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._calls: dict[int, list[BlockCall]] = {}
@@ -64,7 +63,6 @@ class Activations:
         other, kept = copy.copy(self), self.batches[::every]
         states = torch.cat(kept)
         other.batches = list(states.split([len(batch) for batch in kept]))  # type: ignore[no-untyped-call]
-        other._every = self._every * every
         return other
 
     @property
@@ -78,7 +76,6 @@ class Activations:
         visit: Callable[[int], None] | None = None,
         *,
         advance: bool,
-        block: nn.Module | None = None,
     ) -> None:
         """Runs block `index` over all batches.
 
@@ -86,9 +83,8 @@ class Activations:
             index: the block; its weights are loaded.
             visit: called with the number of batches done after each.
             advance: replace the hidden states by the block's outputs.
-            block: run this one in its place.
         """
-        block = self._skeleton.blocks[index] if block is None else block
+        block = self._skeleton.blocks[index]
         for position, batch in enumerate(self.batches):
             output = self._run(block, index, batch)
             if advance and output is not None:
@@ -123,6 +119,7 @@ class Activations:
         *,
         weights: Sequence[Tensor | None] | None = None,
         advance: bool = False,
+        keep: Callable[[str, int, Tensor], None] = lambda name, batch, inputs: None,
     ) -> list[HessianAccumulator]:
         """One pass over all batches that accumulates the Hessian of each group; stops early unless `advance`.
 
@@ -132,38 +129,43 @@ class Activations:
             visit: as in `run_block`.
             weights: for each group, what every token counts [sequences, seqlen]; None where all count alike.
             advance: replace the hidden states by the block's outputs.
+            keep: given every input as well: the first layer of its group, the number of the batch, the input itself.
         """
         linears = self._skeleton.linears(index)
         accumulators = [HessianAccumulator(group.features, self._skeleton.device) for group in groups]
-        last = len(groups) - 1
+        done = 0
 
         def accumulate(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            parts = itertools.chain(self.split(weights[number] if weights else None), itertools.repeat(None))
+            parts = self.split(weights[number] if weights else None)
 
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[number].add(args[0], next(parts))
-                if number == last and len(groups) == 1 and not advance:
+                accumulators[number].add(args[0], parts[done])
+                keep(groups[number].names[0], done, args[0])
+                if len(groups) == 1 and not advance:
                     raise Stop
 
             return hook
 
+        def count(batches: int) -> None:
+            nonlocal done
+            done = batches
+            if visit is not None:
+                visit(batches)
+
         with _hooks(linears[group.names[0]].register_forward_pre_hook(accumulate(n)) for n, group in enumerate(groups)):
-            self.run_block(index, visit, advance=advance)
+            self.run_block(index, count, advance=advance)
         return accumulators
 
     def split(self, weights: Tensor | None) -> Sequence[Tensor | None]:
-        """For each batch, its part of something for every token there was at first [sequences, seqlen]."""
+        """For each batch, its part of something a token [sequences, seqlen]."""
         if weights is None:
             return [None] * len(self.batches)
-        parts: list[Tensor] = list(weights.split(len(self.batches[0])))  # type: ignore[no-untyped-call]
-        return parts[:: self._every]
+        parts: list[Tensor] = list(weights.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
+        return parts
 
-    def inputs_of(
-        self, name: str, index: int, *, block: nn.Module | None = None, every: int = 1
-    ) -> Iterator[Tensor | None]:
-        """For one batch in `every`, what linear layer `name` is first given in block `index`, or in `block` in its
-        place."""
-        block = self._skeleton.blocks[index] if block is None else block
+    def inputs_of(self, name: str, index: int, every: int = 1) -> Iterator[Tensor | None]:
+        """For one batch in `every`, what linear layer `name` is first given in block `index`; None where it is not
+        called."""
         seen: Tensor | None = None
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -171,6 +173,7 @@ class Activations:
             seen = args[0]
             raise Stop
 
+        block = self._skeleton.blocks[index]
         with _hooks([block.get_submodule(name).register_forward_pre_hook(hook)]):
             for batch in self.batches[::every]:
                 seen = None

@@ -47,18 +47,16 @@ PAIRED_EVERY = 4
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """What the original makes of a block's inputs.
+class _OriginalInputs:
+    """What the original model gives the first layer of every input group of a block.
 
     Attributes:
-        block: with the original's weights.
-        sample: the original's hidden states at its input, one batch in `PAIRED_EVERY`.
-        hessians: first layer of an input group -> E[x x^T] of the original over all of the text.
+        hessians: E[x x^T] over all of the text.
+        kept: the inputs themselves of one batch in `PAIRED_EVERY`, by number of the batch, on the CPU.
     """
 
-    block: nn.Module
-    sample: Activations
     hessians: Mapping[str, HessianAccumulator]
+    kept: Mapping[str, Mapping[int, Tensor]]
 
 
 @dataclass
@@ -119,22 +117,20 @@ class BlockSolver:
         groups = activations.input_groups(index)
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
-        before = copy.deepcopy(self.skeleton.blocks[index]) if self._original or self.job.trains_blocks else None
-        pairs = None if before is None else self._run_original(index, before, groups)
+        before = copy.deepcopy(self.skeleton.blocks[index]) if self.job.trains_blocks else None
+        inputs = self._run_original(index, groups, keep=not at_once)
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
-            if pairs is not None and at_once:
-                moments = [self._moments(index, group, pairs.hessians[group.names[0]]) for group in some]
-            elif pairs is not None:
-                moments = [self._paired(activations, index, some[0], pairs)]
+            if inputs is not None and at_once:
+                moments = [self._moments(index, group, inputs.hessians[group.names[0]]) for group in some]
+            elif inputs is not None:
+                moments = [self._paired(activations, index, some[0], inputs)]
             else:
                 weights = [self._weights(index, group) for group in some]
                 accumulated = activations.hessians(index, some, weights=weights, advance=original)
                 moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
             solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
-        tuned = None
-        if self.job.trains_blocks and before is not None:
-            tuned = self._tune(activations, index, solved, before)
+        tuned = None if before is None else self._tune(activations, index, solved, before)
         if not original:
             activations.run_block(index, advance=True)
         return solved, tuned
@@ -160,24 +156,30 @@ class BlockSolver:
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
 
-    def _run_original(self, index: int, before: nn.Module, groups: Sequence[InputGroup]) -> _Pairs | None:
+    def _run_original(self, index: int, groups: Sequence[InputGroup], *, keep: bool) -> _OriginalInputs | None:
         """The original runs through the block, which is still its own; None where it does not run along."""
         if self._original is None:
             return None
-        sample = self._original.fork(PAIRED_EVERY)
-        weights = [self._weights(index, group) for group in groups]
-        seen = self._original.hessians(index, groups, weights=weights, advance=True)
-        return _Pairs(before, sample, {group.names[0]: hessian for group, hessian in zip(groups, seen, strict=True)})
+        kept: dict[str, dict[int, Tensor]] = {group.names[0]: {} for group in groups}
 
-    def _paired(self, activations: Activations, index: int, group: InputGroup, pairs: _Pairs) -> Moments:
-        """One pass of the block as it was, and as it is now, up to the inputs of `group`."""
-        name = group.names[0]
-        paired = PairedAccumulator(pairs.hessians[name])
-        was = pairs.sample.inputs_of(name, index, block=pairs.block)
+        def notice(name: str, batch: int, inputs: Tensor) -> None:
+            if keep and batch % PAIRED_EVERY == 0:
+                kept[name][batch] = inputs.to("cpu", copy=True)
+
+        weights = [self._weights(index, group) for group in groups]
+        seen = self._original.hessians(index, groups, weights=weights, advance=True, keep=notice)
+        return _OriginalInputs({group.names[0]: moment for group, moment in zip(groups, seen, strict=True)}, kept)
+
+    def _paired(self, activations: Activations, index: int, group: InputGroup, inputs: _OriginalInputs) -> Moments:
+        """Moments of both models: the quantized one runs up to the inputs of `group`, to meet what the original had."""
+        assert self._original is not None
+        name, parts = group.names[0], self._original.split(self._weights(index, group))
+        paired, kept = PairedAccumulator(inputs.hessians[name]), inputs.kept[name]
         now = activations.inputs_of(name, index, every=PAIRED_EVERY if self.job.trains_blocks else 1)
-        for x, y, count in zip(was, now, pairs.sample.split(self._weights(index, group)), strict=True):
+        for number, y in enumerate(now):
+            x = kept.get(number * PAIRED_EVERY)
             if y is not None:  # an expert may get other tokens than it did, or none
-                paired.add(y if x is None or x.shape != y.shape else x, y, count)
+                paired.add(y if x is None or x.shape != y.shape else x.to(y), y, parts[number * PAIRED_EVERY])
         return self._moments(index, group, paired)
 
     def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:

@@ -1,0 +1,190 @@
+"""Bits against accuracy: the rows of benchmarks/results/curve.json and the picture docs/accuracy.png.
+
+    python benchmarks/curve.py MODEL --data ../shared/data --work DIR [--bits 2.25 2 2.5] [--stages quantize eval]
+
+Every step is a command a reader could type, and leaves a file or a folder in DIR: what is there is not done again, so
+that hours of work may be interrupted (`--resume` is passed on). All budgets go through a stage before the next begins.
+Minutes and memory are those of the command's process; a resumed command has no honest minutes, and shows none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vptq.checkpoint import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "curve.json"
+PICTURE = ROOT / "docs" / "accuracy.png"
+BUDGETS = (2.25, 2.0, 2.5, 3.0, 3.5, 1.5, 1.75, 2.75, 3.25)
+STAGES = ("quantize", "eval", "finetune", "eval-finetuned", "tasks", "tasks-finetuned")
+TEXTS = {"test": "wikitext-2/test.txt", "c4": "calibration/c4_eval.txt", "wiki": "calibration/wiki_eval.txt"}
+TASKS = ("hellaswag_local", "piqa_local", "arc_easy_local", "winogrande_local")
+
+PEERS = {
+    "llama.cpp IQ": [(2.09, 175), (2.31, 134), (2.33, 80.8), (2.56, 77.9), (2.69, 48.4), (3.06, 31.3), (3.44, 25.5)],
+    "llama.cpp K": [(2.63, 57.2), (2.93, 35.5), (3.44, 25.7)],
+    "published VPTQ": [(2.08, 47.9), (2.20, 68.3)],
+    "GPTQ, group 128": [(3.18, 61.7)],
+}
+"""Perplexity at true bits of the same layers, on the same 20 windows; issue 4 says which format each one is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One folder of the curve: a budget, before or after finetuning."""
+
+    work: Path
+    bits: float
+    finetuned: bool
+
+    @property
+    def folder(self) -> Path:
+        """The quantized model."""
+        return self.work / (f"{self.bits:g}" + ("-finetuned" if self.finetuned else ""))
+
+    def file(self, kind: str) -> Path:
+        """What a command has measured of it."""
+        return self.folder.with_name(f"{self.folder.name}.{kind}.json")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every command is given."""
+
+    model: str
+    data: Path
+    work: Path
+
+    def command(self, stage: str, row: Row) -> list[str]:
+        """The words after `vptq` of a stage; those of `row`, which is the finetuned one where the stage says so."""
+        text = ["--calibration", str(self.data / "wikitext-2" / "valid.txt"), "--sequences", "64"]
+        if stage == "quantize":
+            return ["quantize", self.model, "-o", str(row.folder), "--bits", f"{row.bits:g}", *text]
+        if stage == "finetune":
+            untrained = Row(row.work, row.bits, finetuned=False).folder
+            return ["finetune", str(untrained), self.model, "-o", str(row.folder), *text]
+        return self.measurement(stage, str(row.folder), row.file(stage.removesuffix("-finetuned")))
+
+    def measurement(self, stage: str, folder: str, file: Path) -> list[str]:
+        """The words after `vptq` that measure a folder."""
+        if stage.startswith("tasks"):
+            tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.data / "zero_shot"), "--limit", "400"]
+            return ["eval", folder, *tasks, "--json", str(file)]
+        texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
+        return ["eval", folder, "--reference", self.model, *texts, "--windows", "20", "--json", str(file)]
+
+    def run(self, stage: str, row: Row) -> None:
+        """Does a stage of a row, unless that is done or what it starts from is missing."""
+        makes = row.folder if stage in ("quantize", "finetune") else row.file(stage.removesuffix("-finetuned"))
+        needs = Row(row.work, row.bits, finetuned=False).folder if stage == "finetune" else row.folder
+        if makes.exists() or (stage != "quantize" and not needs.exists()):
+            return
+        words = self.command(stage, row)
+        resumed = makes.with_name(f"{makes.name}.work").exists()
+        print(shlex.join(["vptq", *words]), flush=True)
+        cost = run_vptq([*words, "--resume"] if resumed else words, self.work / f"{makes.name}.log")
+        if stage in ("quantize", "finetune"):
+            write_json(row.file("cost"), cost if not resumed else {**cost, "minutes": None})
+
+
+def run_vptq(words: list[str], log: Path) -> dict[str, Any]:
+    """Runs a command to its end; its minutes and the most memory it held, in GB."""
+    began = time.monotonic()
+    with log.open("a") as file:
+        process = subprocess.Popen([sys.executable, "-m", "vptq", *words], stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"that failed; {log} says why")
+    return {"minutes": (time.monotonic() - began) / 60, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def collect(work: Path) -> list[dict[str, Any]]:
+    """The rows that have been measured, by bits; the original first."""
+    rows = [{"wanted": None, "finetune": None, **measured(work / "original.eval.json", work / "original.tasks.json")}]
+    for bits in sorted(BUDGETS):
+        for finetuned in (False, True):
+            row = Row(work, bits, finetuned)
+            if not row.file("eval").exists():
+                continue
+            stored = json.loads((row.folder / "report.json").read_text())
+            facts = {"wanted": bits, "bits_per_weight": stored["bits_per_weight"], "specs": stored["spec"]}
+            cost = json.loads(row.file("cost").read_text()) if row.file("cost").exists() else {}
+            kind = {"finetune": "e2e" if finetuned else "none"}
+            rows.append({**facts, **kind, **cost, **measured(row.file("eval"), row.file("tasks"))})
+    return rows
+
+
+def measured(texts: Path, tasks: Path) -> dict[str, Any]:
+    """The figures in what `vptq eval` has written."""
+    found: dict[str, Any] = {}
+    if texts.exists():
+        for name, text in zip(TEXTS, json.loads(texts.read_text())["texts"], strict=True):
+            found[f"{name}_perplexity"], found[f"{name}_divergence"] = text["perplexity"], text["kl_divergence"]
+    if tasks.exists():
+        for task in json.loads(tasks.read_text())["tasks"]:
+            found[task["task"].removesuffix("_local")] = task["accuracy"]["value"]
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity and divergence against true bits, peers on the same axes."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    kinds = {"none": ("vptq, no finetuning", "o-", "tab:blue"), "e2e": ("vptq, finetuned", "o-", "tab:green")}
+    for kind, (label, style, color) in kinds.items():
+        ours = [row for row in rows if row["finetune"] == kind]
+        for axes, key in ((left, "test_perplexity"), (right, "test_divergence")):
+            axes.plot([r["bits_per_weight"] for r in ours], [r[key] for r in ours], style, color=color, label=label)
+        bits = [row["bits_per_weight"] for row in ours]
+        right.plot(bits, [row["c4_divergence"] for row in ours], "s:", color=color, label=f"{label}, web text")
+    for (label, points), marker in zip(PEERS.items(), "v^xd", strict=True):
+        left.plot(*zip(*points, strict=True), marker, color="0.45", label=label)
+    if "test_perplexity" in rows[0]:
+        left.axhline(rows[0]["test_perplexity"], color="black", linewidth=0.8, linestyle="--", label="the original")
+    left.set(yscale="log", ylabel="perplexity, WikiText-2 test", yticks=[20, 30, 50, 100, 170])
+    left.get_yaxis().set_major_formatter("{x:g}")
+    right.set(yscale="log", ylabel="KL to the original, nats a token")
+    for axes in (left, right):
+        axes.set(xlabel="true bits per weight")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle("SmolLM2-135M-Instruct")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bits against accuracy, before and after finetuning.")
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True, help="folder with wikitext-2, calibration, zero_shot")
+    parser.add_argument("--work", type=Path, required=True, help="where folders, figures and logs go")
+    parser.add_argument("--bits", type=float, nargs="*", default=list(BUDGETS))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.model, args.data, args.work)
+    for stage in args.stages:
+        kind = stage.removesuffix("-finetuned")
+        original = args.work / f"original.{kind}.json"
+        if stage in ("eval", "tasks") and not original.exists():
+            run_vptq(bench.measurement(stage, args.model, original), args.work / "original.log")
+        for bits in args.bits:
+            bench.run(stage, Row(args.work, bits, finetuned=stage == "finetune" or stage != kind))
+    rows = collect(args.work)
+    write_json(RESULTS, {"benchmark": "curve", "rows": rows})
+    draw(rows, PICTURE)
+    print(json.dumps({"benchmark": "curve", "rows": len(rows)}))
+
+
+if __name__ == "__main__":
+    main()
