@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vptq.checkpoint import Checkpoint
 from vptq.linear import VQuantLinear
-from vptq.quantize.head import logits_of, loss_in_slices
+from vptq.quantize.head import divergence_of, logits_of, loss_in_slices
 from vptq.quantize.skeleton import Skeleton, recompute
 from vptq.quantize.training import trained_parameters
 from vptq.quantize.weights import WeightFiles
@@ -28,7 +27,6 @@ class Student:
 
     Attributes:
         model: the transformers model, in eval mode, float32.
-        folder: where it came from.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -52,7 +50,6 @@ class Student:
             layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
             self.model.set_submodule(path, layer.to(device))
         skeleton.load_everything(torch.float32)
-        self.folder = folder
         self.device = device
         for block in skeleton.blocks:
             recompute(block)
@@ -90,6 +87,5 @@ class Student:
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = functional.log_softmax(logits_of(self.model, target.to(hidden)).float(), -1)
-        log_q = functional.log_softmax(logits_of(self.model, hidden).float(), -1)
-        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            original = logits_of(self.model, target.to(hidden))
+        return divergence_of(original, logits_of(self.model, hidden))
