@@ -169,5 +169,10 @@ class Finetuning:
         return ((_name(number), sequence.contiguous()) for number, sequence in enumerate(states))
 
 
+def held_out_for(sequences: int) -> int:
+    """How many more sequences only judge, beside so many to train on."""
+    return max(2, sequences // 16)
+
+
 def _name(number: int) -> str:
     return f"sequence {number}"

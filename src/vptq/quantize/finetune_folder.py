@@ -19,7 +19,7 @@ from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
 from vptq.errors import ConfigError
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.card import save_card
-from vptq.quantize.finetune import FinetuneReport, Finetuning
+from vptq.quantize.finetune import FinetuneReport, Finetuning, held_out_for
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.report import ProgressCallback, load_report, save_report
 from vptq.quantize.setup import check_output, checked_calibration, checked_device
@@ -78,7 +78,7 @@ def finetune(
     if getattr(config, "quantization_config", None) and source.gguf_file is None:
         raise ConfigError(f"{source} is quantized itself; give the model that {folder} was made from")
     teacher = Original(source, None, config, place, compute_dtype(place, stored), workspace.folder / "original")
-    training, held_out = TrainingConfig(), max(2, sequences // 16)
+    training, held_out = TrainingConfig(), held_out_for(sequences)
     settings = {
         **{"folder": str(folder.resolve()), "model": str(source), "calibration": text, "sequences": sequences},
         **{"seqlen": seqlen, "seed": seed, "device": place.type, "training": dataclasses.asdict(training)},

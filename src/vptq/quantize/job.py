@@ -18,6 +18,7 @@ from vptq.errors import ConfigError
 from vptq.quantize.budget import Budget
 from vptq.quantize.calibration import Calibration, load_calibration
 from vptq.quantize.candidates import Candidate, candidates_for
+from vptq.quantize.finetune import held_out_for
 from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.original import Original
@@ -84,7 +85,7 @@ class Job:
     @property
     def held_out(self) -> int:
         """Calibration sequences that only judge finetuning, beyond those that are asked for."""
-        return max(2, self.sequences // 16) if self.trains_end_to_end else 0
+        return held_out_for(self.sequences) if self.trains_end_to_end else 0
 
     def settings(self) -> dict[str, Any]:
         """Everything the bytes of the result depend on; for a plan its budget: the plan itself stays in the work folder
