@@ -138,10 +138,8 @@ class BlockSolver:
     def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
         """Trains the block; `solved` and the block itself take over what is better."""
         prefix = f"{self.skeleton.blocks_name}.{index}."
-        layers = {
-            path.removeprefix(prefix): (LayerConfig.from_entry(report.entry, path), tensors)
-            for path, (report, tensors) in solved.items()
-        }
+        configs = {path: LayerConfig.from_entry(report.entry, path) for path, (report, _) in solved.items()}
+        layers = {path.removeprefix(prefix): (configs[path], tensors) for path, (_, tensors) in solved.items()}
         tuned = tune_block(
             before, layers, activations.batches, partial(activations.call, index=index), self.job.dtype,
             self.job.training, lambda done, total: self.progress(ProgressEvent(f"training block {index}", done, total)),
@@ -149,9 +147,7 @@ class BlockSolver:
         for path, (report, tensors) in solved.items():
             solved[path] = report, {**tensors, **tuned.layers[path.removeprefix(prefix)]}
         others = {f"{prefix}{name}": tensor for name, tensor in tuned.others.items()}
-        self._take_over(
-            index, {path: (LayerConfig.from_entry(r.entry, path), t) for path, (r, t) in solved.items()}, others
-        )
+        self._take_over(index, {path: (configs[path], tensors) for path, (_, tensors) in solved.items()}, others)
         message = f"block {index}: error of its output {tuned.before:.3%} before training, {tuned.after:.3%} after"
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
