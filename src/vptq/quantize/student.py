@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vptq.checkpoint import Checkpoint
 from vptq.linear import VQuantLinear
 from vptq.quantize.head import divergence_of, logits_of, loss_in_slices
+from vptq.quantize.original import empty_model
 from vptq.quantize.skeleton import Skeleton, recompute
 from vptq.quantize.training import trained_parameters
 from vptq.quantize.weights import WeightFiles
@@ -36,15 +37,13 @@ class Student:
             CheckpointError: the folder is no quantized model, or damaged.
             ConfigError: transformers stores this architecture under other names than it runs it.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         stored = Checkpoint.open(folder)
         config: Any = AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        self.model: Any = empty_model(config, torch.float32, device)
         skeleton = Skeleton(self.model, WeightFiles(folder), device)
         for path in stored.layers():
             layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
