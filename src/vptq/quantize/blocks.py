@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -195,13 +194,12 @@ class BlockSolver:
         name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
         began = time.monotonic()
-        generator = torch.Generator(self.job.device).manual_seed(zlib.crc32(f"{self.job.seed}/{path}".encode()))
         try:
             solution = quantize_weight(
                 moments.target(linear.weight.data),
                 moments.hessian,
                 self.job.layer_config(path, linear),
-                generator,
+                self.job.generator(path),
                 dtype=self.job.dtype,
                 bias=None if linear.bias is None else linear.bias.data,
                 solver=self.job.solver,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,10 @@ class Job:
     def spec_of(self, name: str) -> QuantSpec:
         """The spec of the layer at path `name`."""
         return self.planned.get(name, self.spec)
+
+    def generator(self, name: str) -> torch.Generator:
+        """What is random about the layer at path `name`, whichever layers come before it."""
+        return torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
 
     def layer_config(self, name: str, linear: nn.Linear) -> LayerConfig:
         """What its spec makes of the layer at path `name`."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,9 +155,10 @@ class _Walk:
         name, linear, hessian = task
         job = self._job
         config = dataclasses.replace(job.fit(reference_of(job.candidates(linear)).spec, linear), bias=False)
-        generator = torch.Generator(job.device).manual_seed(zlib.crc32(f"{job.seed}/{name}".encode()))
         try:
-            solution = quantize_weight(linear.weight.data, hessian, config, generator, dtype=job.dtype, solver=QUICK)
+            solution = quantize_weight(
+                linear.weight.data, hessian, config, job.generator(name), dtype=job.dtype, solver=QUICK
+            )
         except VPTQError as error:
             raise type(error)(f"{name}: {error}") from error
         weight = solution.weight
