@@ -51,9 +51,8 @@ def calibrated(model: str, text: Path, sequences: int, seqlen: int, spec: str = 
     """Opens a model and brings a text to its first block; what that takes on the disk is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="vptq-bench-") as scratch:
         job = prepare(
-            model, Path(scratch, "output"), spec, calibration=str(text), sequences=sequences, seqlen=seqlen, seed=0,
-            device="cpu", dtype=None, hessian_dir=None, hessian_inputs="original", hessian="plain",
-            norm=None, perm=None, overwrite=False, resume=False, absorb_perm=True, finetune="none", rotate=False,
+            model, Path(scratch, "output"), spec, calibration=str(text), sequences=sequences, seqlen=seqlen,
+            device="cpu", hessian_inputs="original",
         )  # fmt: skip
         skeleton = job.open_skeleton()
         tokens, facts = job.calibration_tokens(lambda event: None)

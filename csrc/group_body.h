@@ -44,7 +44,7 @@ void multiply_groups(Books books, const float* x, int64_t x_stride, int64_t toke
 // All tokens, kGroupTokens at a time or fewer, with the same offsets.
 template <typename Books>
 void multiply_tokens(const Books& books, const LookupInput& input, int64_t first, int64_t count, float* sums) {
-  const int64_t passes = (input.tokens + kGroupTokens - 1) / kGroupTokens, step = (input.tokens + passes - 1) / passes;
+  const int64_t step = even_pass(input.tokens, kGroupTokens);
   const auto multiply = step > 4 ? multiply_groups<8, Books> : multiply_groups<4, Books>;
   for (int64_t m = 0; m < input.tokens; m += step) {
     const int64_t some = input.tokens - m < step ? input.tokens - m : step;

@@ -52,6 +52,13 @@ VPTQ_INLINE float largest(Lanes scores) {
   return lane[0];
 }
 
+// How many tokens a pass takes where the fewest passes of at most `most` share `count`: evenly, because a pass reads
+// every weight, however few tokens it has.
+VPTQ_INLINE int64_t even_pass(int64_t count, int64_t most) {
+  const int64_t passes = (count + most - 1) / most;
+  return (count + passes - 1) / passes;
+}
+
 }  // namespace
 }  // namespace VPTQ_ISA
 }  // namespace vptq

@@ -37,7 +37,7 @@ inline void multiply_tile(const float* tile, int64_t stride, const float* x, int
                           int64_t count, float* sums) {
   constexpr MultiplyPanel kMultiply[kTokens + 1] = {nullptr,           multiply_panel<1>, multiply_panel<2>, multiply_panel<3>,
                                                     multiply_panel<4>, multiply_panel<5>, multiply_panel<6>};
-  const int64_t passes = (tokens + kTokens - 1) / kTokens, step = (tokens + passes - 1) / passes;
+  const int64_t step = even_pass(tokens, kTokens);
   for (int64_t m = 0; m < tokens; m += step) {
     const int64_t some = tokens - m < step ? tokens - m : step;
     for (int64_t lane = 0; lane < stride; lane += kPanel * kLanes) {

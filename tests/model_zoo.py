@@ -55,12 +55,8 @@ def like_trained(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str = "v4-k16", **changes: Any) -> Job:
-    """A checked request with its work folder open, and the defaults of `vptq.quantize`."""
-    options: dict[str, Any] = {
-        **{"calibration": "self", "sequences": 4, "seqlen": 16, "seed": 0, "device": "cpu", "dtype": None},
-        **{"hessian_dir": None, "hessian_inputs": "quantized", "hessian": "plain", "norm": None, "perm": None},
-        **{"overwrite": False, "resume": False, "absorb_perm": True, "finetune": "none", "rotate": False},
-    }
+    """A checked request with its work folder open: little text, one model's inputs, and the defaults for the rest."""
+    options: dict[str, Any] = {"sequences": 4, "seqlen": 16, "device": "cpu", "hessian_inputs": "quantized"}
     job = prepare(model, output, spec, **(options | changes))
     job.enter_workspace()
     return job

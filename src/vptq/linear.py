@@ -226,6 +226,26 @@ class VQuantLinear(nn.Module):
         weight: Tensor = _dequantize(*self._stored(), *self._sizes)
         return weight
 
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A linear layer of PyTorch that computes the same.
+
+        Args:
+            dtype: Of its weight and bias; None for the layer's own.
+
+        Returns:
+            A layer with a frozen weight. Where no cast is needed its bias is this layer's own: whoever trains the one
+            trains the other.
+        """
+        dtype = dtype or self.dtype
+        with torch.device("meta"):
+            dense = nn.Linear(self.in_features, self.out_features, bias=False)
+        dense.weight = nn.Parameter(self.dequantize().to(dtype), requires_grad=False)
+        bias = self.bias
+        if bias is not None and bias.dtype != dtype:
+            bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        dense.register_parameter("bias", bias)
+        return dense
+
     def train_floats(self, mode: bool = True) -> None:
         """Ask for gradients of all that is not an index: codebooks, scales, column biases and the bias.
 

@@ -91,6 +91,14 @@ def test_the_student_measures_what_whole_logits_give(untrained: Path, tiny_model
     )
 
 
+def test_all_of_the_student_is_on_its_device(untrained: Path) -> None:
+    """Buffers that no file holds are made on the CPU. The meta device stands in for a GPU here."""
+    student = Student(untrained, torch.device("meta"))
+    tensors = [*student.model.named_parameters(), *student.model.named_buffers()]
+    assert any("inv_freq" in name for name, _ in tensors)
+    assert not [name for name, tensor in tensors if not tensor.is_meta]
+
+
 def test_training_that_does_harm_is_thrown_away(untrained: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     vptq.quantize(tiny_model_folder, tmp_path / "out", SPEC, **QUICK | {"sequences": 14})
     plain = tensors(tmp_path / "out")

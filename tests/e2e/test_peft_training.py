@@ -68,8 +68,12 @@ def test_gradient_checkpointing_changes_no_gradient(folder, reentrant):
             torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_gradients_are_those_of_the_dense_model(folder):
-    quantized = adapted(folder)
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("qwen2", {"use_dora": True, "bias": "all"})], ids=["LoRA", "DoRA, biases"]
+)
+def test_gradients_are_those_of_the_dense_model(make_checkpoint, family, options):
+    folder = make_checkpoint(family, dtype=torch.float32).folder
+    quantized = adapted(folder, **options)
     torch.manual_seed(0)
     dense = peft.get_peft_model(load(folder).dequantize(), quantized.peft_config["default"])
     for model in (quantized, dense):
@@ -77,10 +81,10 @@ def test_gradients_are_those_of_the_dense_model(folder):
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.01)
         model(IDS, labels=IDS).loss.backward()
-    adapters = [{n: p.grad for n, p in model.named_parameters() if "lora_" in n} for model in (quantized, dense)]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, grad in adapters[0].items():
-        torch.testing.assert_close(grad, adapters[1][name], msg=lambda m, name=name: f"{name}: {m}")
+    trained = [{n: p.grad for n, p in model.named_parameters() if p.requires_grad} for model in (quantized, dense)]
+    assert trained[0].keys() == trained[1].keys()
+    for name, grad in trained[0].items():
+        torch.testing.assert_close(grad, trained[1][name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])

@@ -136,6 +136,17 @@ def test_tensors_that_contradict_the_config_are_refused() -> None:
         VQuantLinear.from_tensors(CONFIG, stored)
 
 
+def test_a_dense_layer_computes_the_same() -> None:
+    layer = VQuantLinear.from_weight(random_weight(CONFIG), torch.float32)
+    dense, x = layer.to_dense(), torch.randn(5, 40)
+    torch.testing.assert_close(dense(x), layer(x))
+    assert not dense.weight.requires_grad
+    assert dense.bias is layer.bias, "what trains the layer's bias sees it in the dense layer"
+    cast = layer.to_dense(torch.bfloat16)
+    assert (cast.weight.dtype, cast.bias.dtype, layer.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert VQuantLinear.from_config(UNPACKED).to_dense().bias is None
+
+
 def test_printing_says_how_big_it_is() -> None:
     text = repr(VQuantLinear.from_config(CONFIG))
     assert "in_features=40, out_features=24, bias=True" in text

@@ -165,15 +165,13 @@ def quantize(
 def _default_spec(model: str) -> QuantSpec:
     """The spec of `DEFAULT_BITS` that suits the size of this model's linear layers."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from vptq.quantize.original import empty_model
     from vptq.quantize.skeleton import find_blocks, linears_of
     from vptq.source import load_config
     from vptq.spec import spec_for_bits
 
-    with torch.device("meta"):
-        empty_model = AutoModelForCausalLM.from_config(load_config(model))  # type: ignore[no-untyped-call]
-    _, blocks = find_blocks(empty_model)
+    _, blocks = find_blocks(empty_model(load_config(model), torch.float32, torch.device("meta")))
     sizes = [linear.weight.numel() for block in blocks for linear in linears_of(block).values()]
     return spec_for_bits(DEFAULT_BITS, sum(sizes) // len(sizes))
 

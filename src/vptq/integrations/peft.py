@@ -96,19 +96,11 @@ class _DoraLayer(DoraLinearLayer):
     """peft's magnitudes of DoRA, with a dense layer made for it each time it wants to see the weight."""
 
     def update_layer(self, *, base_layer: VQuantLinear, **kwargs: Any) -> None:
-        super().update_layer(base_layer=_dense(base_layer), **kwargs)
+        super().update_layer(base_layer=base_layer.to_dense(), **kwargs)
 
     def forward(self, x: Tensor, *, base_layer: VQuantLinear, **kwargs: Any) -> Tensor:
-        scaled: Tensor = super().forward(x, base_layer=_dense(base_layer), **kwargs)
+        scaled: Tensor = super().forward(x, base_layer=base_layer.to_dense(), **kwargs)
         return scaled
-
-
-def _dense(layer: VQuantLinear) -> nn.Linear:
-    with torch.device("meta"):
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    dense.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-    dense.register_parameter("bias", layer.bias)
-    return dense
 
 
 def _quantized_paths(model: nn.Module) -> list[str]:

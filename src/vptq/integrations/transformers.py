@@ -122,7 +122,7 @@ class VptqHfQuantizer(HfQuantizer):
         """Put dense linear layers back, for `model.dequantize()`."""
         for path, module in list(model.named_modules()):
             if isinstance(module, VQuantLinear):
-                model.set_submodule(path, _dense_linear(module, dtype))
+                model.set_submodule(path, module.to_dense(dtype).requires_grad_(False))
         return model
 
     @property
@@ -185,18 +185,6 @@ def _drop_nested_config(model: PreTrainedModel) -> None:
     text_config = model.config.get_text_config(decoder=True)
     if text_config is not model.config and hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
-
-
-def _dense_linear(layer: VQuantLinear, dtype: torch.dtype | None) -> nn.Linear:
-    weight = layer.dequantize()
-    if dtype is not None:
-        weight = weight.to(dtype)
-    with torch.device("meta"):
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
-    return dense
 
 
 # As part of the import and not as a function to call: when this module is what imports transformers, the post-import

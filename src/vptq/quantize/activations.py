@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vptq.quantize.hessian import HessianAccumulator
+from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
 
 TOKENS_PER_BATCH = 4096
@@ -45,7 +46,7 @@ class Activations:
     """
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
-        self._skeleton = skeleton
+        self._skeleton, self._dtype = skeleton, dtype
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._calls: dict[int, list[BlockCall]] = {}
@@ -69,6 +70,20 @@ class Activations:
     def nbytes(self) -> int:
         """Memory of the hidden states."""
         return sum(batch.nbytes for batch in self.batches)
+
+    def run_model(self, stage: str, progress: ProgressCallback) -> None:
+        """Takes the hidden states through all blocks, one of them in memory at a time.
+
+        Args:
+            stage: what this is for, in a word or two.
+            progress: told before every block.
+        """
+        blocks = len(self._skeleton.blocks)
+        for index in range(blocks):
+            progress(ProgressEvent(stage, index, blocks))
+            self._skeleton.load_block(index, self._dtype)
+            self.run_block(index, advance=True)
+            self._skeleton.unload_block(index)
 
     def run_block(
         self,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,10 +137,8 @@ class BlockSolver:
     def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
         """Trains the block; `solved` and the block itself take over what is better."""
         prefix = f"{self.skeleton.blocks_name}.{index}."
-        layers = {
-            path.removeprefix(prefix): (LayerConfig.from_entry(report.entry, path), tensors)
-            for path, (report, tensors) in solved.items()
-        }
+        configs = {path: LayerConfig.from_entry(report.entry, path) for path, (report, _) in solved.items()}
+        layers = {path.removeprefix(prefix): (configs[path], tensors) for path, (_, tensors) in solved.items()}
         tuned = tune_block(
             before, layers, activations.batches, partial(activations.call, index=index), self.job.dtype,
             self.job.training, lambda done, total: self.progress(ProgressEvent(f"training block {index}", done, total)),
@@ -149,9 +146,7 @@ class BlockSolver:
         for path, (report, tensors) in solved.items():
             solved[path] = report, {**tensors, **tuned.layers[path.removeprefix(prefix)]}
         others = {f"{prefix}{name}": tensor for name, tensor in tuned.others.items()}
-        self._take_over(
-            index, {path: (LayerConfig.from_entry(r.entry, path), t) for path, (r, t) in solved.items()}, others
-        )
+        self._take_over(index, {path: (configs[path], tensors) for path, (_, tensors) in solved.items()}, others)
         message = f"block {index}: error of its output {tuned.before:.3%} before training, {tuned.after:.3%} after"
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
@@ -205,13 +200,12 @@ class BlockSolver:
         name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
         began = time.monotonic()
-        generator = torch.Generator(self.job.device).manual_seed(zlib.crc32(f"{self.job.seed}/{path}".encode()))
         try:
             solution = quantize_weight(
                 moments.target(linear.weight.data),
                 moments.hessian,
                 self.job.layer_config(path, linear),
-                generator,
+                self.job.generator(path),
                 dtype=self.job.dtype,
                 bias=None if linear.bias is None else linear.bias.data,
                 solver=self.job.solver,

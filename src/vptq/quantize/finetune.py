@@ -25,6 +25,7 @@ from torch import Tensor
 from vptq.checkpoint import save_tensors, staged_folder
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import Activations
+from vptq.quantize.original import compute_dtype
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.student import Student
@@ -160,17 +161,17 @@ class Finetuning:
         self._targets = WeightFiles(folder)
 
     def _last_states(self) -> Iterator[tuple[str, Tensor]]:
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        dtype = compute_dtype(self.device, self.dtype)
         activations = Activations(self.skeleton, self.tokens, dtype)
-        blocks = len(self.skeleton.blocks)
-        for index in range(blocks):
-            self.progress(ProgressEvent("running the original", index, blocks))
-            self.skeleton.load_block(index, dtype)
-            activations.run_block(index, advance=True)
-            self.skeleton.unload_block(index)
+        activations.run_model("running the original", self.progress)
         batches = self.skeleton.last_states(activations.batches, dtype)
         states = (sequence for batch in batches for sequence in batch.cpu())
         return ((_name(number), sequence.contiguous()) for number, sequence in enumerate(states))
+
+
+def held_out_for(sequences: int) -> int:
+    """How many more sequences only judge, beside so many to train on."""
+    return max(2, sequences // 16)
 
 
 def _name(number: int) -> str:

@@ -19,10 +19,10 @@ from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
 from vptq.errors import ConfigError
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.card import save_card
-from vptq.quantize.finetune import FinetuneReport, Finetuning
+from vptq.quantize.finetune import FinetuneReport, Finetuning, held_out_for
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.report import ProgressCallback, load_report, save_report
-from vptq.quantize.setup import check_output, checked_calibration, checked_device
+from vptq.quantize.setup import check_output, check_text_size, checked_calibration, checked_device
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles, tied_weights
@@ -69,8 +69,7 @@ def finetune(
     """
     folder, output, tell = Path(folder), Path(output_dir), progress or (lambda event: None)
     check_output(output, overwrite=overwrite, resume=resume)
-    if sequences < 1 or seqlen < 2:
-        raise ConfigError(f"--sequences is {sequences} and --seqlen {seqlen}; at least 1 and 2 are needed")
+    check_text_size(sequences, seqlen)
     text, place, workspace = checked_calibration(str(calibration)), checked_device(device), Workspace(output)
     stored = _stored_dtype(folder)
     source = resolve_model(original)
@@ -78,7 +77,7 @@ def finetune(
     if getattr(config, "quantization_config", None) and source.gguf_file is None:
         raise ConfigError(f"{source} is quantized itself; give the model that {folder} was made from")
     teacher = Original(source, None, config, place, compute_dtype(place, stored), workspace.folder / "original")
-    training, held_out = TrainingConfig(), max(2, sequences // 16)
+    training, held_out = TrainingConfig(), held_out_for(sequences)
     settings = {
         **{"folder": str(folder.resolve()), "model": str(source), "calibration": text, "sequences": sequences},
         **{"seqlen": seqlen, "seed": seed, "device": place.type, "training": dataclasses.asdict(training)},

@@ -23,15 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn.functional import linear
 
 from vptq.errors import ConfigError
 from vptq.quantize.activations import Activations
-from vptq.quantize.report import ProgressCallback, ProgressEvent
+from vptq.quantize.report import ProgressCallback
 from vptq.quantize.rotation import Rotation
 from vptq.quantize.skeleton import Skeleton, find_blocks
-from vptq.quantize.weights import Tensors, tied_weights
+from vptq.quantize.weights import Tensors
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 READERS = {
@@ -177,20 +175,9 @@ def check_same_function(original: Skeleton, folded: Skeleton, seed: int, progres
 
 def _logits(skeleton: Skeleton, tokens: Tensor, progress: ProgressCallback) -> Tensor:
     activations = Activations(skeleton, tokens, torch.float32)
-    for index in range(len(skeleton.blocks)):
-        progress(ProgressEvent("checking the rotation", index, len(skeleton.blocks)))
-        skeleton.load_block(index, torch.float32)
-        activations.run_block(index, advance=True)
-        skeleton.unload_block(index)
-
-    def load(name: str) -> Tensor:
-        return skeleton.files.load(tied.get(name, name)).to(skeleton.device, torch.float32)
-
-    tied, norm = tied_weights(skeleton.model), skeleton.model.get_submodule(FINAL_NORM)
-    hidden = activations.batches[0].to(skeleton.device)
-    with torch.no_grad():
-        normed: Tensor = functional_call(norm, {"weight": load(f"{FINAL_NORM}.weight")}, (hidden,))
-        return linear(normed, load(f"{HEAD}.weight"))
+    activations.run_model("checking the rotation", progress)
+    (logits,) = skeleton.logits(tokens, activations.batches, torch.float32)
+    return logits
 
 
 def _head_size(model: Any, block: Any) -> int:

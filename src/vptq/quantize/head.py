@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 POSITIONS_AT_ONCE = 256
 
@@ -26,6 +27,12 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     finally:
         del decoder.forward
     return logits
+
+
+def divergence_of(original: Tensor, other: Tensor) -> Tensor:
+    """KL(original || other) of two models' logits [..., vocabulary], summed over all positions, in nats; a scalar."""
+    log_p, log_q = (functional.log_softmax(logits.float(), -1) for logits in (original, other))
+    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def positions(count: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from vptq.errors import ConfigError
 from vptq.quantize.budget import Budget
 from vptq.quantize.calibration import Calibration, load_calibration
 from vptq.quantize.candidates import Candidate, candidates_for
+from vptq.quantize.finetune import held_out_for
 from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.original import Original
@@ -84,7 +86,7 @@ class Job:
     @property
     def held_out(self) -> int:
         """Calibration sequences that only judge finetuning, beyond those that are asked for."""
-        return max(2, self.sequences // 16) if self.trains_end_to_end else 0
+        return held_out_for(self.sequences) if self.trains_end_to_end else 0
 
     def settings(self) -> dict[str, Any]:
         """Everything the bytes of the result depend on; for a plan its budget: the plan itself stays in the work folder
@@ -176,6 +178,10 @@ class Job:
     def spec_of(self, name: str) -> QuantSpec:
         """The spec of the layer at path `name`."""
         return self.planned.get(name, self.spec)
+
+    def generator(self, name: str) -> torch.Generator:
+        """What is random about the layer at path `name`, whichever layers come before it."""
+        return torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
 
     def layer_config(self, name: str, linear: nn.Linear) -> LayerConfig:
         """What its spec makes of the layer at path `name`."""

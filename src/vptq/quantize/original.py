@@ -20,6 +20,27 @@ def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else stored
 
 
+def empty_model(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The modules of a causal language model: parameters on meta, buffers that its code computes on `device`.
+
+    Raises:
+        ConfigError: transformers has no such model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            empty: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except ValueError as error:  # its text lists every class that would do
+        kind = type(config).__name__
+        raise ConfigError(f"transformers has no causal language model for {kind}: it cannot be quantized") from error
+    for module in empty.modules():  # buffers such as rotary frequencies were made on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device) if not buffer.is_meta else buffer
+    return empty
+
+
 @dataclass(frozen=True)
 class Original:
     """Where the original is and how it runs.
@@ -51,23 +72,8 @@ class Original:
         return None if self.source is None or self.source.is_local else self.source.folder
 
     def empty_model(self, config: Any = None) -> nn.Module:
-        """The modules of the model, or of one with this config: parameters on the meta device, buffers in place."""
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        config = self.config if config is None else config
-        try:
-            with init_empty_weights(include_buffers=False):
-                empty: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.compute_dtype)  # type: ignore[no-untyped-call]
-        except ValueError as error:  # its text lists every class that would do
-            kind = type(config).__name__
-            raise ConfigError(
-                f"transformers has no causal language model for {kind}: it cannot be quantized"
-            ) from error
-        for module in empty.modules():  # buffers the code computed, such as rotary frequencies, were made on the CPU
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device) if not buffer.is_meta else buffer
-        return empty
+        """The modules of the model, or of one with this config; see the function of this name."""
+        return empty_model(self.config if config is None else config, self.compute_dtype, self.device)
 
     def open_skeleton(self) -> Skeleton:
         """The model's modules on the meta device and its weights as files, converted first where that is needed."""

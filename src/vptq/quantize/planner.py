@@ -67,8 +67,7 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="vptq-plan-") as folder:
         job = prepare(
             model, Path(folder, "model"), None, budget=budget, calibration=str(calibration), sequences=sequences,
-            seqlen=seqlen, seed=seed, device=device, dtype=dtype, hessian_dir=None, hessian_inputs="both", norm=norm,
-            perm=perm, overwrite=False, resume=False, absorb_perm=absorb_perm,
+            seqlen=seqlen, seed=seed, device=device, dtype=dtype, norm=norm, perm=perm, absorb_perm=absorb_perm,
         )  # fmt: skip
         check_budget(job)
         job.enter_workspace()

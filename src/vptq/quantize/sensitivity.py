@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.candidates import reference_of
+from vptq.quantize.head import divergence_of
 from vptq.quantize.job import Job
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import ProgressCallback, ProgressEvent
@@ -156,9 +155,10 @@ class _Walk:
         name, linear, hessian = task
         job = self._job
         config = dataclasses.replace(job.fit(reference_of(job.candidates(linear)).spec, linear), bias=False)
-        generator = torch.Generator(job.device).manual_seed(zlib.crc32(f"{job.seed}/{name}".encode()))
         try:
-            solution = quantize_weight(linear.weight.data, hessian, config, generator, dtype=job.dtype, solver=QUICK)
+            solution = quantize_weight(
+                linear.weight.data, hessian, config, job.generator(name), dtype=job.dtype, solver=QUICK
+            )
         except VPTQError as error:
             raise type(error)(f"{name}: {error}") from error
         weight = solution.weight
@@ -180,12 +180,8 @@ class _Walk:
 @torch.no_grad()
 def _divergence(original: Tensor, disturbed: Tensor) -> float:
     """KL(original || disturbed) of logits [batch, seqlen, vocabulary], the mean over tokens, in nats."""
-    total = 0.0
     pairs = zip(*(logits.flatten(0, 1).split(POSITIONS_AT_ONCE) for logits in (original, disturbed)), strict=True)  # type: ignore[no-untyped-call]
-    for p, q in pairs:
-        log_p, log_q = (functional.log_softmax(logits.float(), dim=-1) for logits in (p, q))
-        total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    divergence = total / original.shape[:2].numel()
+    divergence = sum(float(divergence_of(p, q)) for p, q in pairs) / original.shape[:2].numel()
     if not divergence < float("inf"):
         raise CalibrationError("the model's predictions are not finite on the calibration text; try another text")
     return max(divergence, 0.0)

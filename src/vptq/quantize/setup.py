@@ -32,20 +32,20 @@ def prepare(
     output: Path,
     spec: str | QuantSpec | None,
     *,
-    calibration: str,
-    sequences: int,
-    seqlen: int,
-    seed: int,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    hessian_dir: Path | None,
-    hessian_inputs: str,
-    norm: bool | None,
-    perm: bool | None,
-    overwrite: bool,
-    resume: bool,
-    absorb_perm: bool,
+    calibration: str = SELF,
+    sequences: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    hessian_dir: Path | None = None,
+    hessian_inputs: str = "both",
     hessian: str = "plain",
+    norm: bool | None = None,
+    perm: bool | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    absorb_perm: bool = True,
     finetune: str = "none",
     rotate: bool = False,
     budget: Budget | None = None,
@@ -81,8 +81,7 @@ def prepare(
             f"{'--hessian-dir' if hessian_dir is not None else '--hessian-inputs original'} does without; "
             "choose --finetune e2e, or --hessian-inputs both or quantized"
         )
-    if sequences < 1 or seqlen < 2:
-        raise ConfigError(f"--sequences is {sequences} and --seqlen {seqlen}; at least 1 and 2 are needed")
+    check_text_size(sequences, seqlen)
     if dtype is not None and dtype not in STORED_DTYPES:
         raise ConfigError(f"--dtype is {dtype}; a checkpoint is stored in float16 or bfloat16")
     if hessian_dir is not None and not hessian_dir.is_dir():
@@ -132,6 +131,12 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
     if output.exists() and resume:
         raise ConfigError(f"{output} is finished; there is nothing to resume")
+
+
+def check_text_size(sequences: int, seqlen: int) -> None:
+    """Raises ConfigError where there would be no text, or none to predict."""
+    if sequences < 1 or seqlen < 2:
+        raise ConfigError(f"--sequences is {sequences} and --seqlen {seqlen}; at least 1 and 2 are needed")
 
 
 def checked_calibration(calibration: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vptq.errors import ConfigError
-from vptq.quantize.weights import Tensors
+from vptq.quantize.weights import Tensors, tied_weights
 
 
 class Stop(Exception):  # noqa: N818  (a signal, not an error)
@@ -171,8 +171,7 @@ class Skeleton:
         for name, tensor in list(self.model.named_parameters()) + list(self.model.named_buffers()):
             if tensor.is_meta and not name.startswith(self._inside) and name in self.files:
                 _assign(self.model, name, self.files.load(name).to(self.device, _kept(tensor, dtype)))
-        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        for name, source in tied.items():  # a head without a tensor of its own
+        for name, source in tied_weights(self.model).items():  # a head without a tensor of its own
             if not name.startswith(self._inside) and self.model.get_parameter(name).is_meta:
                 _assign(self.model, name, self.model.get_parameter(source).data)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vptq.checkpoint import Checkpoint
 from vptq.linear import VQuantLinear
-from vptq.quantize.head import logits_of, loss_in_slices
+from vptq.quantize.head import divergence_of, logits_of, loss_in_slices
+from vptq.quantize.original import empty_model
 from vptq.quantize.skeleton import Skeleton, recompute
 from vptq.quantize.training import trained_parameters
 from vptq.quantize.weights import WeightFiles
@@ -28,7 +28,6 @@ class Student:
 
     Attributes:
         model: the transformers model, in eval mode, float32.
-        folder: where it came from.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -38,21 +37,18 @@ class Student:
             CheckpointError: the folder is no quantized model, or damaged.
             ConfigError: transformers stores this architecture under other names than it runs it.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         stored = Checkpoint.open(folder)
         config: Any = AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        self.model: Any = empty_model(config, torch.float32, device)
         skeleton = Skeleton(self.model, WeightFiles(folder), device)
         for path in stored.layers():
             layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
             self.model.set_submodule(path, layer.to(device))
         skeleton.load_everything(torch.float32)
-        self.folder = folder
         self.device = device
         for block in skeleton.blocks:
             recompute(block)
@@ -90,6 +86,5 @@ class Student:
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = functional.log_softmax(logits_of(self.model, target.to(hidden)).float(), -1)
-        log_q = functional.log_softmax(logits_of(self.model, hidden).float(), -1)
-        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            original = logits_of(self.model, target.to(hidden))
+        return divergence_of(original, logits_of(self.model, hidden))
