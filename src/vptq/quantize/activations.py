@@ -59,11 +59,11 @@ class Activations:
         for batch, entering in zip(self.batches, itertools.chain([first], hidden), strict=True):
             batch.copy_(entering)
 
-    def fork(self, every: int = 1) -> Activations:
-        """The hidden states of every batch, or of one in so many, once more, to go another way from here."""
-        other, kept = copy.copy(self), self.batches[::every]
-        states = torch.cat(kept)
-        other.batches = list(states.split([len(batch) for batch in kept]))  # type: ignore[no-untyped-call]
+    def fork(self) -> Activations:
+        """The same hidden states once more, to go another way from here."""
+        other = copy.copy(self)
+        states = torch.cat(self.batches)
+        other.batches = list(states.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
         return other
 
     @property
@@ -134,7 +134,7 @@ class Activations:
         *,
         weights: Sequence[Tensor | None] | None = None,
         advance: bool = False,
-        keep: Callable[[str, int, Tensor], None] = lambda name, batch, inputs: None,
+        keep: Callable[[str, Tensor], None] = lambda name, inputs: None,
     ) -> list[HessianAccumulator]:
         """One pass over all batches that accumulates the Hessian of each group; stops early unless `advance`.
 
@@ -144,31 +144,25 @@ class Activations:
             visit: as in `run_block`.
             weights: for each group, what every token counts [sequences, seqlen]; None where all count alike.
             advance: replace the hidden states by the block's outputs.
-            keep: given every input as well: the first layer of its group, the number of the batch, the input itself.
+            keep: given every input as well, with the name of the first layer of its group.
         """
         linears = self._skeleton.linears(index)
         accumulators = [HessianAccumulator(group.features, self._skeleton.device) for group in groups]
-        done = 0
+        last = len(groups) - 1
 
         def accumulate(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            parts = self.split(weights[number] if weights else None)
+            parts = itertools.chain(self.split(weights[number] if weights else None), itertools.repeat(None))
 
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[number].add(args[0], parts[done])
-                keep(groups[number].names[0], done, args[0])
-                if len(groups) == 1 and not advance:
+                accumulators[number].add(args[0], next(parts))
+                keep(groups[number].names[0], args[0])
+                if number == last and len(groups) == 1 and not advance:
                     raise Stop
 
             return hook
 
-        def count(batches: int) -> None:
-            nonlocal done
-            done = batches
-            if visit is not None:
-                visit(batches)
-
         with _hooks(linears[group.names[0]].register_forward_pre_hook(accumulate(n)) for n, group in enumerate(groups)):
-            self.run_block(index, count, advance=advance)
+            self.run_block(index, visit, advance=advance)
         return accumulators
 
     def split(self, weights: Tensor | None) -> Sequence[Tensor | None]:
@@ -178,9 +172,8 @@ class Activations:
         parts: list[Tensor] = list(weights.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
         return parts
 
-    def inputs_of(self, name: str, index: int, every: int = 1) -> Iterator[Tensor | None]:
-        """For one batch in `every`, what linear layer `name` is first given in block `index`; None where it is not
-        called."""
+    def inputs_of(self, name: str, index: int) -> Iterator[Tensor | None]:
+        """For each batch, what linear layer `name` is first given in block `index`; None where it is not called."""
         seen: Tensor | None = None
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -190,7 +183,7 @@ class Activations:
 
         block = self._skeleton.blocks[index]
         with _hooks([block.get_submodule(name).register_forward_pre_hook(hook)]):
-            for batch in self.batches[::every]:
+            for batch in self.batches:
                 seen = None
                 self._run(block, index, batch)
                 yield seen

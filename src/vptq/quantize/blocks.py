@@ -2,9 +2,7 @@
 
 In "quantized" mode a layer is solved against what the quantized layers before it really feed it, inside the block too.
 In "original" mode all Hessians of a block come from one pass of the original model, as published Hessian files do. In
-"both" mode both models run, and a layer is solved for the inputs of either (`hessian.PairedAccumulator`): those of the
-original come from one pass over the whole text, those of both at once from a part of it, and the quantized model need
-not run on more.
+"both" mode both models run, and a layer is solved for the inputs of either (`paired.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from vptq.quantize.fisher import group_weights
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
 from vptq.quantize.memory import return_freed_memory
+from vptq.quantize.paired import PairedActivations
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
@@ -41,29 +40,14 @@ BROKEN_LOSS_FACTOR = 4.0
 within 1.7 times of that (docs/algorithm.md). A proxy loss beyond 4 times means wrong data, not a small codebook."""
 
 
-PAIRED_EVERY = 4
-"""In "both" mode the inputs of the two models are compared on one batch in so many (docs/log.md has what it costs)."""
-
-
-@dataclass(frozen=True)
-class _OriginalInputs:
-    """What the original model gives the first layer of every input group of a block.
-
-    Attributes:
-        hessians: E[x x^T] over all of the text.
-        kept: the inputs themselves of one batch in `PAIRED_EVERY`, by number of the batch, on the CPU.
-    """
-
-    hessians: Mapping[str, HessianAccumulator]
-    kept: Mapping[str, Mapping[int, Tensor]]
-
-
 @dataclass
 class BlockSolver:
     """Brings one decoder block after the other to its finished, stored state.
 
     Attributes:
-        activations: hidden states at the input of the next block; None when Hessians come from files.
+        activations: hidden states at the input of the next block: of the original in "original" mode, otherwise of
+            the quantized model; None when Hessians come from files, and in "both" mode unless blocks are trained.
+        pairs: those of both models in "both" mode.
         token_weights: what each calibration token counts to a layer, by module path; all alike where it is missing.
         warnings: lines for the report, collected while solving.
         layers_done: for the progress bar.
@@ -72,16 +56,25 @@ class BlockSolver:
     job: Job
     skeleton: Skeleton
     activations: Activations | None
+    pairs: PairedActivations | None
     token_weights: Mapping[str, Tensor]
     progress: ProgressCallback
     warnings: list[str] = field(default_factory=list)
     layers_done: int = 0
-    _original: Activations | None = None
 
-    def __post_init__(self) -> None:
-        if self.activations is not None and self.job.hessian_inputs == "both":
-            self._original = self.activations
-            self.activations = self._original.fork(1 if self.job.trains_blocks else PAIRED_EVERY)
+    @classmethod
+    def start(
+        cls, job: Job, skeleton: Skeleton, tokens: Tensor | None, token_weights: Mapping[str, Tensor],
+        progress: ProgressCallback, warnings: list[str],
+    ) -> BlockSolver:  # fmt: skip
+        """At the first block, with the calibration text [sequences, seqlen] or, for Hessians from files, none."""
+        activations, pairs = None, None
+        if tokens is not None and job.hessian_inputs == "both":
+            pairs = PairedActivations.start(skeleton, tokens, job.compute_dtype)
+            activations = pairs.original.fork() if job.trains_blocks else None
+        elif tokens is not None:
+            activations = Activations(skeleton, tokens, job.compute_dtype)
+        return cls(job, skeleton, activations, pairs, token_weights, progress, warnings)
 
     def finish_block(self, index: int) -> list[LayerReport]:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
@@ -92,47 +85,64 @@ class BlockSolver:
             workspace.save_block(index, solved, tuned)
         else:
             self.layers_done += len(self.skeleton.linears(index))
-            if self._original is not None:
-                self._original.run_block(index, advance=True)
-            if self.activations is not None:
-                if job.hessian_inputs != "original":
-                    self._install(index)
-                self.activations.run_block(index, advance=True)
+            if self.pairs is not None:
+                self.pairs.original.run_block(index, advance=True)
+            if job.hessian_inputs != "original" and job.hessian_dir is None:
+                self._install(index)
+            self._advance(index)
         self.skeleton.unload_block(index)
         return_freed_memory()
         return workspace.block_reports(index)
 
     def _solve(self, index: int) -> tuple[Solved, TunedBlock | None]:
-        tuned = None
-        if self.activations is None:
+        """Quantizes the block, and trains it if that is asked for; the activations advance past it."""
+        before = copy.deepcopy(self.skeleton.blocks[index]) if self.job.trains_blocks else None
+        if self.pairs is not None:
+            solved = self._solve_pairs(self.pairs, index)
+        elif self.activations is not None:
+            solved = self._solve_with(self.activations, index)
+        else:
             groups = [InputGroup((name,), linear.in_features) for name, linear in self.skeleton.linears(index).items()]
             solved = self._solve_groups(index, [(group, self._stored_moments(index, group)) for group in groups])
-        else:
-            solved, tuned = self._solve_with(self.activations, index)
+        tuned = None
+        if before is not None and self.activations is not None:
+            tuned = self._tune(self.activations, index, solved, before)
+        if self.job.hessian_inputs != "original":
+            self._advance(index)
         return {name: solved[name] for name in map(partial(self._path, index), self.skeleton.linears(index))}, tuned
 
-    def _solve_with(self, activations: Activations, index: int) -> tuple[Solved, TunedBlock | None]:
-        """Solves the block with Hessians of its activations, and moves those past it."""
+    def _advance(self, index: int) -> None:
+        """What goes through the quantized model goes through block `index`."""
+        for activations in (None if self.pairs is None else self.pairs.quantized, self.activations):
+            if activations is not None:
+                activations.run_block(index, advance=True)
+
+    def _solve_with(self, activations: Activations, index: int) -> Solved:
+        """Solves the block with Hessians of one model's activations; those of the original advance past it."""
         groups = activations.input_groups(index)
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
-        before = copy.deepcopy(self.skeleton.blocks[index]) if self.job.trains_blocks else None
-        inputs = self._run_original(index, groups, keep=not at_once)
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
-            if inputs is not None and at_once:
-                moments = [self._moments(index, group, inputs.hessians[group.names[0]]) for group in some]
-            elif inputs is not None:
-                moments = [self._paired(activations, index, some[0], inputs)]
-            else:
-                weights = [self._weights(index, group) for group in some]
-                accumulated = activations.hessians(index, some, weights=weights, advance=original)
-                moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
+            weights = [self._weights(index, group) for group in some]
+            accumulated = activations.hessians(index, some, weights=weights, advance=original)
+            moments = [self._moments(index, group, seen) for group, seen in zip(some, accumulated, strict=True)]
             solved |= self._solve_groups(index, list(zip(some, moments, strict=True)))
-        tuned = None if before is None else self._tune(activations, index, solved, before)
-        if not original:
-            activations.run_block(index, advance=True)
-        return solved, tuned
+        return solved
+
+    def _solve_pairs(self, pairs: PairedActivations, index: int) -> Solved:
+        """Solves the block with moments of both models' inputs; the original's activations advance past it."""
+        groups = pairs.original.input_groups(index)
+        weights = [self._weights(index, group) for group in groups]
+        pairs.run_original(index, groups, weights)
+        if len(groups) > MAX_SEQUENTIAL_GROUPS:
+            seen = [(group, self._moments(index, group, pairs.hessian(group))) for group in groups]
+            return self._solve_groups(index, seen)
+        solved: Solved = {}
+        for group, counts in zip(groups, weights, strict=True):
+            moments = self._moments(index, group, pairs.moments(index, group, counts))
+            solved |= self._solve_groups(index, [(group, moments)])
+        return solved
 
     def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
         """Trains the block; `solved` and the block itself take over what is better."""
@@ -150,32 +160,6 @@ class BlockSolver:
         message = f"block {index}: error of its output {tuned.before:.3%} before training, {tuned.after:.3%} after"
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
-
-    def _run_original(self, index: int, groups: Sequence[InputGroup], *, keep: bool) -> _OriginalInputs | None:
-        """The original runs through the block, which is still its own; None where it does not run along."""
-        if self._original is None:
-            return None
-        kept: dict[str, dict[int, Tensor]] = {group.names[0]: {} for group in groups}
-
-        def notice(name: str, batch: int, inputs: Tensor) -> None:
-            if keep and batch % PAIRED_EVERY == 0:
-                kept[name][batch] = inputs.to("cpu", copy=True)
-
-        weights = [self._weights(index, group) for group in groups]
-        seen = self._original.hessians(index, groups, weights=weights, advance=True, keep=notice)
-        return _OriginalInputs({group.names[0]: moment for group, moment in zip(groups, seen, strict=True)}, kept)
-
-    def _paired(self, activations: Activations, index: int, group: InputGroup, inputs: _OriginalInputs) -> Moments:
-        """Moments of both models: the quantized one runs up to the inputs of `group`, to meet what the original had."""
-        assert self._original is not None
-        name, parts = group.names[0], self._original.split(self._weights(index, group))
-        paired, kept = PairedAccumulator(inputs.hessians[name]), inputs.kept[name]
-        now = activations.inputs_of(name, index, every=PAIRED_EVERY if self.job.trains_blocks else 1)
-        for number, y in enumerate(now):
-            x = kept.get(number * PAIRED_EVERY)
-            if y is not None:  # an expert may get other tokens than it did, or none
-                paired.add(y if x is None or x.shape != y.shape else x.to(y), y, parts[number * PAIRED_EVERY])
-        return self._moments(index, group, paired)
 
     def _solve_groups(self, index: int, groups: Sequence[tuple[InputGroup, Moments]]) -> Solved:
         """Quantizes the layers of some input groups; the block goes on with what will be stored, unless it should stay

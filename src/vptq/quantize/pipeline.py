@@ -11,6 +11,7 @@ The hidden states advance through the stored (rounded) weights, so that a resume
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError, VPTQError
-from vptq.quantize.activations import Activations
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.budget import Budget
 from vptq.quantize.finetune import Finetuning
@@ -203,11 +203,9 @@ def _solve(
     workspace, blocks = job.workspace, range(len(skeleton.blocks))
     if all(map(workspace.has_block, blocks)):  # interrupted while finetuning: nothing to run the text through
         return [report for index in blocks for report in workspace.block_reports(index)]
-    activations, weights = None, {}
-    if job.hessian_dir is None:
-        tokens = text.tokens[: len(text.tokens) - text.held_out]
-        if job.hessian == "fisher":
-            weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
-        activations = Activations(skeleton, tokens, job.compute_dtype)
-    solver = BlockSolver(job, skeleton, activations, weights, progress, warnings)
+    tokens = None if job.hessian_dir is not None else text.tokens[: len(text.tokens) - text.held_out]
+    weights: Mapping[str, Tensor] = {}
+    if tokens is not None and job.hessian == "fisher":
+        weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
+    solver = BlockSolver.start(job, skeleton, tokens, weights, progress, warnings)
     return [report for index in blocks for report in solver.finish_block(index)]
