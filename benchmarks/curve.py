@@ -110,7 +110,7 @@ def run_vptq(words: list[str], log: Path) -> dict[str, Any]:
 
 def collect(work: Path) -> list[dict[str, Any]]:
     """The rows that have been measured, by bits; the original first."""
-    rows = [{"wanted": None, "finetune": None, **measured(work / "original.eval.json", work / "original.tasks.json")}]
+    rows: list[dict[str, Any]] = [{"finetune": None, **measured(None, work / "original.tasks.json")}]
     for bits in sorted(BUDGETS):
         for finetuned in (False, True):
             row = Row(work, bits, finetuned)
@@ -121,18 +121,20 @@ def collect(work: Path) -> list[dict[str, Any]]:
             cost = json.loads(row.file("cost").read_text()) if row.file("cost").exists() else {}
             kind = {"finetune": "e2e" if finetuned else "none"}
             rows.append({**facts, **kind, **cost, **measured(row.file("eval"), row.file("tasks"))})
+            rows[0] |= {key: rows[-1].pop(f"original_{key}") for key in [f"{name}_perplexity" for name in TEXTS]}
     return rows
 
 
-def measured(texts: Path, tasks: Path) -> dict[str, Any]:
+def measured(texts: Path | None, tasks: Path) -> dict[str, Any]:
     """The figures in what `vptq eval` has written."""
     found: dict[str, Any] = {}
-    if texts.exists():
+    if texts is not None:
         for name, text in zip(TEXTS, json.loads(texts.read_text())["texts"], strict=True):
-            found[f"{name}_perplexity"], found[f"{name}_divergence"] = text["perplexity"], text["kl_divergence"]
+            found |= {f"{name}_perplexity": text["perplexity"], f"{name}_divergence": text["kl_divergence"]}
+            found[f"original_{name}_perplexity"] = text["reference_perplexity"]
     if tasks.exists():
         for task in json.loads(tasks.read_text())["tasks"]:
-            found[task["task"].removesuffix("_local")] = task["accuracy"]["value"]
+            found[task["task"].removesuffix("_local")] = task["metrics"]["acc"]["value"]
     return found
 
 
@@ -170,19 +172,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where folders, figures and logs go")
     parser.add_argument("--bits", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.data, args.work)
     for stage in args.stages:
         kind = stage.removesuffix("-finetuned")
-        original = args.work / f"original.{kind}.json"
-        if stage in ("eval", "tasks") and not original.exists():
+        original = args.work / "original.tasks.json"
+        if stage == "tasks" and not original.exists():
             run_vptq(bench.measurement(stage, args.model, original), args.work / "original.log")
         for bits in args.bits:
             bench.run(stage, Row(args.work, bits, finetuned=stage == "finetune" or stage != kind))
     rows = collect(args.work)
-    write_json(RESULTS, {"benchmark": "curve", "rows": rows})
-    draw(rows, PICTURE)
+    write_json(args.json, {"benchmark": "curve", "rows": rows})
+    draw(rows, args.picture)
     print(json.dumps({"benchmark": "curve", "rows": len(rows)}))
 
 

@@ -19,7 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "algorithm.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "algorithm.md",
+    ROOT / "docs" / "accuracy.md",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,23 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("its proxy loss", "published_proxy_loss", "{:.2%}"),
         Column("the same without normalization: perplexity", "published_perplexity_without_norm", "{:.1f}"),
         Column("its proxy loss", "published_proxy_loss_without_norm", "{:.2%}"),
+    ),
+    "curve": (
+        Column("budget", "wanted", "{:.2f}"),
+        Column("true bits", "bits_per_weight", "{:.3f}"),
+        Column("finetuned", "finetune"),
+        Column("perplexity, WikiText-2", "test_perplexity", "{:.2f}"),
+        Column("KL", "test_divergence", "{:.3f}"),
+        Column("other wiki text", "wiki_perplexity", "{:.2f}"),
+        Column("KL", "wiki_divergence", "{:.3f}"),
+        Column("web text", "c4_perplexity", "{:.2f}"),
+        Column("KL", "c4_divergence", "{:.3f}"),
+        Column("HellaSwag", "hellaswag", "{:.3f}"),
+        Column("PIQA", "piqa", "{:.3f}"),
+        Column("ARC-Easy", "arc_easy", "{:.3f}"),
+        Column("WinoGrande", "winogrande", "{:.3f}"),
+        Column("minutes", "minutes", "{:.0f}"),
+        Column("peak GB", "peak_gb", "{:.2f}"),
     ),
     "nearest": (
         Column("vectors", "vectors", "{:,}"),
