@@ -77,7 +77,7 @@ def quantize(
         dtype: float16 or bfloat16 of what is stored; None takes the model's own, bfloat16 if that is wider.
         hessian_dir: read Hessians from QuIP#/VPTQ files instead of calibrating.
         hessian_inputs: "both", "quantized" or "original": whose activations the Hessians are made of. "both" gives the
-            best model; "original" is the quickest, with one pass a block instead of ten.
+            best model; "original" is the quickest: the quantized model never runs.
         hessian: "plain": every calibration token counts alike; "fisher": as much as the model's loss feels a layer's
             error there, which takes a backward pass of the whole original.
         norm: column normalization; None is what the spec says.
