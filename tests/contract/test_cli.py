@@ -36,7 +36,7 @@ PROMISED = {
     },
     "plan": {
         *("--bits", "--size", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--dtype", "--json"),
-        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
+        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
     },
     "info": {"--layers", "--no-layers"},
     "env": set(),

@@ -98,7 +98,10 @@ def test_a_measurement_is_made_once(job: Job, tmp_path: Path) -> None:
     assert measurements.sensitivities(job, skeleton, ignore) != first
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"sequences": 5}, {"seqlen": 17}, {"calibration": "wikitext2"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"sequences": 5}, {"seqlen": 17}, {"calibration": "wikitext2"}, {"rotate": True}],
+)
 def test_other_settings_are_another_measurement(
     change: dict[str, Any], job: Job, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +109,14 @@ def test_other_settings_are_another_measurement(
     assert measurements.cache_path(other) != measurements.cache_path(job)
     same = job_for(tiny_model_folder, tmp_path / "same", spec="v8-k256")
     assert measurements.cache_path(same) == measurements.cache_path(job)
+
+
+def test_rotations_of_different_seeds_are_measured_apart(job: Job, tiny_model_folder: Path, tmp_path: Path) -> None:
+    paths = {
+        measurements.cache_path(job_for(tiny_model_folder, tmp_path / f"{seed}", rotate=True, seed=seed))
+        for seed in range(3)
+    }
+    assert len(paths) == 3
 
 
 def test_a_model_in_memory_is_always_measured(tmp_path: Path) -> None:

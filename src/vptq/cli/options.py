@@ -74,6 +74,14 @@ AbsorbPermOption = Annotated[
         "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
     ),
 ]
+RotateOption = Annotated[
+    bool,
+    typer.Option(
+        "--rotate",
+        help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
+        " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
+    ),
+]
 
 
 def check_start(overwrite: bool, resume: bool) -> None:

@@ -28,6 +28,7 @@ from vptq.cli.options import (
     NormOption,
     OriginalArgument,
     PermOption,
+    RotateOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
@@ -52,6 +53,7 @@ def plan(
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
+    rotate: RotateOption = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show which layers a budget would quantize how.
@@ -81,6 +83,7 @@ def plan(
             norm=norm,
             perm=perm,
             absorb_perm=absorb_perm,
+            rotate=rotate,
             progress=bars,
         )
     _print_plan(made)

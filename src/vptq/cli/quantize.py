@@ -19,6 +19,7 @@ from vptq.cli.options import (
     OverwriteOption,
     PermOption,
     ResumeOption,
+    RotateOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
@@ -103,14 +104,7 @@ def quantize(
             "model at the end (e2e), or both.",
         ),
     ] = Finetune.none,
-    rotate: Annotated[
-        bool,
-        typer.Option(
-            "--rotate",
-            help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
-            " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
-        ),
-    ] = False,
+    rotate: RotateOption = False,
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,

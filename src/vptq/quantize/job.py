@@ -122,6 +122,14 @@ class Job:
         if not self.workspace.resumed:
             self.workspace.remove()
 
+    def empty_model(self) -> nn.Module:
+        """The modules of the model that is quantized; rotations untie the embeddings."""
+        if not self.rotate:
+            return self.original.empty_model()
+        config = copy.deepcopy(self.original.config)
+        config.tie_word_embeddings = False
+        return self.original.empty_model(config)
+
     def open_skeleton(self) -> Skeleton:
         """The original, one block in memory at a time; one that cannot be rotated is refused before it is fetched."""
         if self.rotate:
@@ -129,10 +137,11 @@ class Job:
         return self.original.open_skeleton()
 
     def fold_rotations(self, original: Skeleton, progress: ProgressCallback) -> tuple[Skeleton, list[str]]:
-        """The same model with rotations folded into its weights, proved to compute the same, and what to warn of."""
-        config, tied = copy.deepcopy(self.original.config), tied_weights(original.model)
-        config.tie_word_embeddings = False
-        empty = self.original.empty_model(config)
+        """The model to quantize and what to warn of: with rotations folded into its weights, proved to compute the
+        same, where they are wanted."""
+        if not self.rotate:
+            return original, []
+        empty, tied = self.empty_model(), tied_weights(original.model)
         files = FoldedFiles(original.files, folds_of(empty, self.seed), tied)
         folded = Skeleton(empty, files, self.device)
         check_same_function(original, folded, self.seed, progress)
@@ -193,20 +202,28 @@ class Job:
             and _at_most(config.outlier_num_centroids, config.num_outlier_vectors * config.outlier_size),
         )
 
-    def check_layers(self, skeleton: Skeleton, progress: ProgressCallback) -> list[str]:
-        """Checks the spec against every layer, every weight for NaN, and that no Hessian file is missing.
+    def check_weights(self, skeleton: Skeleton, progress: ProgressCallback) -> None:
+        """Reads every weight once, and raises ConfigError where one holds NaN or infinity."""
+        for index in range(len(skeleton.blocks)):
+            progress(ProgressEvent("checking weights", index, len(skeleton.blocks)))
+            for path in skeleton.linears(index):
+                name = f"{skeleton.blocks_name}.{index}.{path}.weight"
+                if not bool(torch.isfinite(skeleton.files.load(name)).all()):
+                    raise ConfigError(f"{name} holds NaN or infinity: the model file is damaged")
+
+    def check_specs(self, skeleton: Skeleton) -> list[str]:
+        """Checks every layer's spec, and that no Hessian file is missing; no weight is read.
 
         Returns:
             A warning for each kind of layer whose codebook had to be clamped.
 
         Raises:
-            ConfigError: the spec fits no layer, or a weight holds NaN or infinity.
+            ConfigError: the spec fits no layer.
             CalibrationError: a Hessian file is missing.
         """
         clamped: dict[tuple[str, str], str] = {}
         kept = 0
         for index in range(len(skeleton.blocks)):
-            progress(ProgressEvent("checking weights", index, len(skeleton.blocks)))
             for path, linear in skeleton.linears(index).items():
                 name = f"{skeleton.blocks_name}.{index}.{path}"
                 try:
@@ -218,8 +235,6 @@ class Job:
                 clamped |= {(path, kind): line for kind, line in _clamped(path, spec, config).items()}
                 if self.hessian_dir is not None:
                     find_hessian(self.hessian_dir, index, [path.rpartition(".")[2]])
-                if not bool(torch.isfinite(skeleton.files.load(f"{name}.weight")).all()):
-                    raise ConfigError(f"{name}.weight holds NaN or infinity: the model file is damaged")
         if not kept:
             raise ConfigError(
                 f"spec {self.spec.name} has {self.spec.num_centroids} centroids, more than any layer of this model has"

@@ -123,12 +123,11 @@ def quantize(
 
 
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
-    skeleton = job.open_skeleton()
+    original = job.open_skeleton()
+    job.check_weights(original, progress)
+    skeleton, warnings = job.fold_rotations(original, progress)
     plan = follow_plan(job, skeleton, progress)
-    warnings = job.check_layers(skeleton, progress)
-    if job.rotate:
-        skeleton, untied = job.fold_rotations(skeleton, progress)
-        warnings += untied
+    warnings += job.check_specs(skeleton)
     text = _calibration(job, progress, warnings)
     layers = _solve(job, skeleton, text, progress, warnings)
     configs = {layer.name: LayerConfig.from_entry(layer.entry, layer.name) for layer in layers}

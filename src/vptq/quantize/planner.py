@@ -36,6 +36,7 @@ def plan(
     norm: bool | None = None,
     perm: bool | None = None,
     absorb_perm: bool = True,
+    rotate: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Plan:
     """What `vptq.quantize` would do with the same arguments; nothing but the measurement is kept.
@@ -53,6 +54,7 @@ def plan(
         norm: likewise.
         perm: likewise.
         absorb_perm: likewise.
+        rotate: likewise; the rotated model is what is measured.
         progress: told about every step.
 
     Returns:
@@ -68,11 +70,13 @@ def plan(
         job = prepare(
             model, Path(folder, "model"), None, budget=budget, calibration=str(calibration), sequences=sequences,
             seqlen=seqlen, seed=seed, device=device, dtype=dtype, hessian_dir=None, hessian_inputs="both", norm=norm,
-            perm=perm, overwrite=False, resume=False, absorb_perm=absorb_perm,
+            perm=perm, overwrite=False, resume=False, absorb_perm=absorb_perm, rotate=rotate,
         )  # fmt: skip
         check_budget(job)
         job.enter_workspace()
-        return _make(job, job.open_skeleton(), progress or (lambda event: None))
+        tell = progress or (lambda event: None)
+        skeleton, _ = job.fold_rotations(job.open_skeleton(), tell)
+        return _make(job, skeleton, tell)
 
 
 def check_budget(job: Job) -> None:
@@ -82,7 +86,7 @@ def check_budget(job: Job) -> None:
         ConfigError: With what is in reach.
     """
     if job.budget is not None:
-        Choices.of(job, job.original.empty_model()).check(job.budget)
+        Choices.of(job, job.empty_model()).check(job.budget)
 
 
 def follow_plan(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> Plan | None:

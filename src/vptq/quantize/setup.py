@@ -67,8 +67,6 @@ def prepare(
         chosen = dataclasses.replace(chosen, enable_perm=perm)
     if hessian_inputs not in HESSIAN_INPUTS:
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
-    if rotate and budget is not None:
-        raise ConfigError(f"--rotate and {budget} do not go together yet; give --spec")
     if hessian not in HESSIANS:
         raise ConfigError(f"--hessian is {hessian!r}; choose one of {', '.join(HESSIANS)}")
     if hessian == "fisher" and hessian_dir is not None:
