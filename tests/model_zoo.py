@@ -54,7 +54,7 @@ def like_trained(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str = "v4-k16", **changes: Any) -> Job:
+def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str | None = "v4-k16", **changes: Any) -> Job:
     """A checked request with its work folder open, and the defaults of `vptq.quantize`."""
     options: dict[str, Any] = {
         **{"calibration": "self", "sequences": 4, "seqlen": 16, "seed": 0, "device": "cpu", "dtype": None},

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from vptq.quantize import measurements, sensitivity
+from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
 from vptq.quantize.sensitivity import Sensitivity, alike_layers, measure, measuring_tokens
 
@@ -31,7 +32,7 @@ def divergence(model: Any, disturbed: Any, tokens: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1].weight.data))
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1]))
     model = tiny(family)
     job = job_for(model, tmp_path / "out")
     skeleton = job.open_skeleton()
@@ -48,8 +49,24 @@ def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, mo
         assert seen.divergence > 1e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_planned_head_is_judged_as_in_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1]))
+    job = job_for(tiny(family), tmp_path / "out", spec=None, budget=Budget(bits=3.0), lm_head="auto")
+    skeleton = job.open_skeleton()
+    judged, _ = measuring_tokens(job, skeleton, ignore)
+    seen = measure(job, skeleton, ignore)[-1]
+    disturbed = tiny(family)
+    disturbed.lm_head.weight.data = disturb(disturbed.lm_head.weight.data)
+    assert seen.layers == ("lm_head",)
+    assert seen.divergence == pytest.approx(divergence(tiny(family), disturbed, judged), rel=1e-2)
+    assert seen.divergence > 1e-3
+
+
 def test_nothing_disturbed_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: task[1].weight.data.clone())
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: task[1].clone())
     job = job_for(tiny("llama"), tmp_path / "out")
     measured = measure(job, job.open_skeleton(), ignore)
     assert max(seen.divergence for seen in measured) < 1e-6

@@ -25,6 +25,7 @@ from vptq.cli.options import (
     BitsOption,
     CalibrationOption,
     DeviceOption,
+    HeadOption,
     NormOption,
     OriginalArgument,
     PermOption,
@@ -54,6 +55,7 @@ def plan(
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
     rotate: RotateOption = False,
+    lm_head: HeadOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show which layers a budget would quantize how.
@@ -84,6 +86,7 @@ def plan(
             perm=perm,
             absorb_perm=absorb_perm,
             rotate=rotate,
+            lm_head=lm_head,
             progress=bars,
         )
     _print_plan(made)

@@ -14,6 +14,7 @@ from vptq.cli.options import (
     BitsOption,
     CalibrationOption,
     DeviceOption,
+    HeadOption,
     NormOption,
     OriginalArgument,
     OverwriteOption,
@@ -105,6 +106,7 @@ def quantize(
         ),
     ] = Finetune.none,
     rotate: RotateOption = False,
+    lm_head: HeadOption = None,
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
@@ -151,6 +153,7 @@ def quantize(
             absorb_perm=absorb_perm,
             finetune=finetune.value,
             rotate=rotate,
+            lm_head=lm_head,
             progress=bars,
         )
     _print_summary(report, output_dir)
@@ -180,6 +183,7 @@ def _print_summary(report: Report, folder: Path) -> None:
     rows = {
         "written": str(folder),
         **({"budget": report.budget, "specs": report.spec} if report.budget else {"spec": report.spec}),
+        **({"output head": report.lm_head} if report.lm_head else {}),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "quantized": f"{len(report.layers)} layers, {report.quantized_weights:,} weights, {share:.1%} of the model",
         "left as it was": _skipped(report),

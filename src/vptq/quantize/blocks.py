@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,26 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from vptq.config import LayerConfig
-from vptq.errors import CalibrationError, VPTQError
+from vptq.errors import CalibrationError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.block_tuning import TunedBlock, tune_block
 from vptq.quantize.fisher import group_weights
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
+from vptq.quantize.layers import SolvedLayer, solve_layer
 from vptq.quantize.memory import return_freed_memory
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
-from vptq.quantize.solver import Solution, quantize_weight
 from vptq.reference import dequantize
 
 Solved = dict[str, tuple[LayerReport, Mapping[str, Tensor]]]
 """Module path -> its report and its tensors by on-disk name."""
-
-BROKEN_LOSS_FACTOR = 4.0
-"""No source is harder than a Gaussian, whose distortion at R bits is 2^-2R; k-means codebooks of every size in use stay
-within 1.7 times of that (docs/algorithm.md). A proxy loss beyond 4 times means wrong data, not a small codebook."""
-
 
 PAIRED_EVERY = 4
 """In "both" mode the inputs of the two models are compared on one batch in so many (docs/log.md has what it costs)."""
@@ -69,6 +62,7 @@ class BlockSolver:
         token_weights: what each calibration token counts to a layer, by module path; all alike where it is missing.
         warnings: lines for the report, collected while solving.
         layers_done: for the progress bar.
+        original: hidden states of the original, where both models count.
     """
 
     job: Job
@@ -78,13 +72,13 @@ class BlockSolver:
     progress: ProgressCallback
     warnings: list[str] = field(default_factory=list)
     layers_done: int = 0
-    _original: Activations | None = None
+    original: Activations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.activations is not None and self.job.hessian_inputs == "both":
-            self._original = self.activations.fork()
+            self.original = self.activations.fork()
 
-    def finish_block(self, index: int) -> list[LayerReport]:
+    def finish_block(self, index: int) -> None:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
         job, workspace = self.job, self.job.workspace
         self.skeleton.load_block(index, job.compute_dtype)
@@ -93,15 +87,14 @@ class BlockSolver:
             workspace.save_block(index, solved, tuned)
         else:
             self.layers_done += len(self.skeleton.linears(index))
-            if self._original is not None:
-                self._original.run_block(index, advance=True)
+            if self.original is not None:
+                self.original.run_block(index, advance=True)
             if self.activations is not None:
                 if job.hessian_inputs != "original":
                     self._install(index)
                 self.activations.run_block(index, advance=True)
         self.skeleton.unload_block(index)
         return_freed_memory()
-        return workspace.block_reports(index)
 
     def _solve(self, index: int) -> tuple[Solved, TunedBlock | None]:
         tuned = None
@@ -117,7 +110,7 @@ class BlockSolver:
         groups = activations.input_groups(index)
         original = self.job.hessian_inputs == "original"
         at_once = original or len(groups) > MAX_SEQUENTIAL_GROUPS
-        before = copy.deepcopy(self.skeleton.blocks[index]) if self._original or self.job.trains_blocks else None
+        before = copy.deepcopy(self.skeleton.blocks[index]) if self.original or self.job.trains_blocks else None
         pairs = None if before is None else self._run_original(index, before, [] if at_once else groups)
         solved: Solved = {}
         for some in [groups] if at_once else [[group] for group in groups]:
@@ -158,11 +151,11 @@ class BlockSolver:
 
     def _run_original(self, index: int, before: nn.Module, groups: Sequence[InputGroup]) -> _Pairs | None:
         """The original runs through the block, which is still its own; None where it does not run along."""
-        if self._original is None:
+        if self.original is None:
             return None
-        sample = self._original.fork(PAIRED_EVERY)
+        sample = self.original.fork(PAIRED_EVERY)
         weights = [self._weights(index, group) for group in groups]
-        seen = self._original.hessians(index, groups, weights=weights, advance=True)
+        seen = self.original.hessians(index, groups, weights=weights, advance=True)
         return _Pairs(before, sample, {group.names[0]: hessian for group, hessian in zip(groups, seen, strict=True)})
 
     def _paired(self, activations: Activations, index: int, group: InputGroup, pairs: _Pairs) -> Moments:
@@ -185,34 +178,20 @@ class BlockSolver:
         sizes = [linears[name].weight.numel() for name, _ in tasks]
         solved: Solved = {}
         solve = partial(self._solve_layer, index)
-        for name, solution, seconds in map_layers(solve, tasks, sizes, self.job.device):
-            path = self._path(index, name)
-            weight = solution.weight.absorb_perm() if self.job.absorb_perm else solution.weight
-            tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(self.job.dtype).items()}
-            solved[path] = (self._layer_report(path, weight.config, solution, seconds), tensors)
+        for layer in map_layers(solve, tasks, sizes, self.job.device):
+            path = layer.report.name
+            solved[path] = (layer.report, layer.tensors)
+            self._tell(layer)
             if self.job.hessian_inputs != "original":
-                self._take_over(index, {path: (weight.config, tensors)}, {})
+                self._take_over(index, {path: (layer.config, layer.tensors)}, {})
         return solved
 
-    def _solve_layer(self, index: int, task: tuple[str, Moments]) -> tuple[str, Solution, float]:
+    def _solve_layer(self, index: int, task: tuple[str, Moments]) -> SolvedLayer:
         """One layer; called from several threads at once."""
         name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
-        began = time.monotonic()
-        generator = torch.Generator(self.job.device).manual_seed(zlib.crc32(f"{self.job.seed}/{path}".encode()))
-        try:
-            solution = quantize_weight(
-                moments.target(linear.weight.data),
-                moments.hessian,
-                self.job.layer_config(path, linear),
-                generator,
-                dtype=self.job.dtype,
-                bias=None if linear.bias is None else linear.bias.data,
-                solver=self.job.solver,
-            )
-        except VPTQError as error:
-            raise type(error)(f"{path}: {error}") from error
-        return name, solution, time.monotonic() - began
+        bias = None if linear.bias is None else linear.bias.data
+        return solve_layer(self.job, path, linear.weight.data, bias, moments, self.job.layer_config(path, linear))
 
     def _path(self, index: int, name: str) -> str:
         return f"{self.skeleton.blocks_name}.{index}.{name}"
@@ -256,19 +235,9 @@ class BlockSolver:
         tails = [name.rpartition(".")[2] for name in group.names]
         return Moments(load_hessian(self.job.hessian_dir, index, tails, group.features).to(self.job.device))
 
-    def _layer_report(self, name: str, config: LayerConfig, solution: Solution, seconds: float) -> LayerReport:
-        report = LayerReport(
-            name, config.to_entry(), config.bits_per_weight, solution.losses, round(seconds, 2), solution.damping
-        )
-        if solution.damping > self.job.solver.damping:
-            self.warnings.append(f"{name}: damping raised to {solution.damping:g} to factor its Hessian")
-        bits = (config.index_bits + config.residual_bits) / config.vector_len
-        limit = BROKEN_LOSS_FACTOR * 2.0 ** (-2.0 * bits)
-        if not report.loss <= limit:
-            self.warnings.append(
-                f"{name}: proxy loss {report.loss:.1%} is above {limit:.1%}; its Hessian or weight looks broken"
-            )
+    def _tell(self, layer: SolvedLayer) -> None:
+        self.warnings += layer.warnings
         self.layers_done += 1
-        line = f"{name}  loss {report.loss:.3%}  {config.bits_per_weight:.2f} bits"
-        self.progress(ProgressEvent("quantizing layers", self.layers_done, self.skeleton.num_linears, line, name))
-        return report
+        line = f"{layer.report.name}  loss {layer.report.loss:.3%}  {layer.config.bits_per_weight:.2f} bits"
+        total = self.skeleton.num_linears
+        self.progress(ProgressEvent("quantizing layers", self.layers_done, total, line, layer.report.name))

@@ -15,6 +15,7 @@ from torch import nn
 from vptq.errors import ConfigError
 from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
+from vptq.quantize.lm_head import check_head
 from vptq.quantize.measurements import sensitivities
 from vptq.quantize.plan import Choices, Plan
 from vptq.quantize.report import ProgressCallback
@@ -37,6 +38,7 @@ def plan(
     perm: bool | None = None,
     absorb_perm: bool = True,
     rotate: bool = False,
+    lm_head: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Plan:
     """What `vptq.quantize` would do with the same arguments; nothing but the measurement is kept.
@@ -55,6 +57,7 @@ def plan(
         perm: likewise.
         absorb_perm: likewise.
         rotate: likewise; the rotated model is what is measured.
+        lm_head: likewise; "auto" makes the output head one more layer to choose for.
         progress: told about every step.
 
     Returns:
@@ -71,7 +74,9 @@ def plan(
             model, Path(folder, "model"), None, budget=budget, calibration=str(calibration), sequences=sequences,
             seqlen=seqlen, seed=seed, device=device, dtype=dtype, hessian_dir=None, hessian_inputs="both", norm=norm,
             perm=perm, overwrite=False, resume=False, absorb_perm=absorb_perm, rotate=rotate,
+            lm_head=lm_head,
         )  # fmt: skip
+        check_head(job)
         check_budget(job)
         job.enter_workspace()
         tell = progress or (lambda event: None)

@@ -1,9 +1,11 @@
 """A quantized model that is trained to answer as its original does, and what it is measured by.
 
 The teacher is the original's last hidden states, made once, one block in memory at a time; both go through the same
-output head, which is not trained. The student is the quantized model in float32, its indices as stored: dense weights
-exist for one decoder block at a time, because every block is checkpointed and looks its weights up again for its
-gradients.
+output head, which is not trained. Where the head is quantized, the teacher goes through the original's and the student
+through its own, made dense once: looking a large head up again for every slice of positions, and collecting gradients
+for its codebooks there, would take longer than all blocks together. The student is the quantized model in float32, its
+indices as stored: dense weights exist for one decoder block at a time, because every block is checkpointed and looks
+its weights up again for its gradients.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Student:
         folder: where it came from.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        """Loads the model of `folder`.
+    def __init__(self, folder: Path, device: torch.device, original: Skeleton) -> None:
+        """Loads the model of `folder`, and where its head is quantized that of `original`.
 
         Raises:
             CheckpointError: the folder is no quantized model, or damaged.
@@ -48,9 +50,15 @@ class Student:
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         skeleton = Skeleton(self.model, WeightFiles(folder), device)
+        self._teacher, head = self.model, self.model.get_output_embeddings()
         for path in stored.layers():
-            layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
-            self.model.set_submodule(path, layer.to(device))
+            layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32).to(device)
+            if self.model.get_submodule(path) is head:
+                head.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+                head.bias = layer.bias
+                self._teacher = original.load_head(torch.float32)
+            else:
+                self.model.set_submodule(path, layer)
         skeleton.load_everything(torch.float32)
         self.folder = folder
         self.device = device
@@ -90,6 +98,6 @@ class Student:
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = functional.log_softmax(logits_of(self.model, target.to(hidden)).float(), -1)
+            log_p = functional.log_softmax(logits_of(self._teacher, target.to(hidden)).float(), -1)
         log_q = functional.log_softmax(logits_of(self.model, hidden).float(), -1)
         return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
