@@ -54,7 +54,7 @@ def like_trained(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str = "v4-k16", **changes: Any) -> Job:
+def job_for(model: PreTrainedModel | str | Path, output: Path, spec: str | None = "v4-k16", **changes: Any) -> Job:
     """A checked request with its work folder open: little text, one model's inputs, and the defaults for the rest."""
     options: dict[str, Any] = {"sequences": 4, "seqlen": 16, "device": "cpu", "hessian_inputs": "quantized"}
     job = prepare(model, output, spec, **(options | changes))

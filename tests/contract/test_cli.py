@@ -24,7 +24,7 @@ PROMISED = {
         *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
         *("--size", "--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
-        *("--hessian", "--finetune"),
+        *("--hessian", "--finetune", "--lm-head"),
     },
     "finetune": {
         *("-o", "--output", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--overwrite"),
@@ -36,7 +36,8 @@ PROMISED = {
     },
     "plan": {
         *("--bits", "--size", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--dtype", "--json"),
-        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
+        *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
+        "--lm-head",
     },
     "info": {"--layers", "--no-layers"},
     "env": set(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import FAMILIES, tiny
+from model_zoo import FAMILIES, job_for, tiny
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -81,9 +81,11 @@ def test_indices_embeddings_and_head_stay_and_the_rest_moves(finetuned: tuple[Pa
         assert (name in moved) is not fixed, name
 
 
-def test_the_student_measures_what_whole_logits_give(untrained: Path, tiny_model_folder: Path) -> None:
+def test_the_student_measures_what_whole_logits_give(untrained: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     tokens = torch.arange(3, 51).view(2, 24)
-    student, teacher = Student(untrained, torch.device("cpu")), AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    original = job_for(tiny_model_folder, tmp_path / "out").open_skeleton()
+    student = Student(untrained, torch.device("cpu"), original)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     with torch.no_grad():
         targets = teacher.float().model(input_ids=tokens).last_hidden_state
     assert student.divergence(tokens, targets) == pytest.approx(

@@ -46,7 +46,7 @@ def test_what_is_written_is_the_rotated_model(norm: bool, tied: bool, tmp_path: 
     assert report.skipped["lm_head.weight"] == "output head"
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
-    job = job_for(model, tmp_path / "again")
+    job = job_for(model, tmp_path / "again", rotate=True)
     folded = job.fold_rotations(job.open_skeleton(), lambda event: None)[0].files
     loaded = vptq.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert sum(parameter.numel() for parameter in loaded.get_output_embeddings().parameters()) == 63 * 32

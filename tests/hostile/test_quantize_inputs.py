@@ -45,6 +45,10 @@ def refusal(kind: type[VPTQError], model: Any, output: Path, **options: Any) -> 
         ({"hessian_inputs": "mine"}, "'mine'; choose one of quantized, original, both"),
         ({"hessian_dir": "nowhere"}, "no folder nowhere"),
         ({"hessian_dir": "/", "rotate": True}, "--rotate with --hessian-dir /: those Hessians belong to the model"),
+        ({"lm_head": "auto"}, "--lm-head is auto, with no budget to choose for; give a spec"),
+        ({"lm_head": "q4"}, "'q4' is not a quantization spec"),
+        ({"lm_head": "v4-k16", "bits": 3.0, "spec": None}, "--lm-head is v4-k16, with 3 bits; give auto"),
+        ({"lm_head": "v4-k16", "hessian_dir": "/"}, "Hessian files have none for the head"),
         ({"calibration": "missing.txt"}, "no file missing.txt"),
         ({"calibration": "/no/such/text"}, "no file /no/such/text"),
     ],
@@ -134,7 +138,7 @@ def test_a_model_that_rotations_cannot_be_folded_into(tmp_path: Path) -> None:
 def test_a_weight_that_is_not_finite_is_found_before_any_block(
     value: float, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vptq.quantize.blocks.quantize_weight", lambda *_, **__: pytest.fail("hours were spent"))
+    monkeypatch.setattr("vptq.quantize.slabs.quantize_weight", lambda *_, **__: pytest.fail("hours were spent"))
     folder = damaged_copy(tiny_model_folder, tmp_path / "model", "model.layers.1.mlp.down_proj.weight", value)
     assert "model.layers.1.mlp.down_proj.weight holds NaN" in refusal(ConfigError, folder, tmp_path / "out")
 
@@ -228,5 +232,5 @@ def test_a_hessian_file_missing_at_the_end_is_found_at_the_beginning(
     tiny_model: PreTrainedModel, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hessian_files(tmp_path / "hessians", tiny_model, blocks=1)
-    monkeypatch.setattr("vptq.quantize.blocks.quantize_weight", lambda *_, **__: pytest.fail("hours were spent"))
+    monkeypatch.setattr("vptq.quantize.slabs.quantize_weight", lambda *_, **__: pytest.fail("hours were spent"))
     assert "1_qkv.pt" in refusal(CalibrationError, tiny_model_folder, tmp_path / "out", hessian_dir=folder)

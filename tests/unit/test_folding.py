@@ -34,7 +34,7 @@ def silent(_event: ProgressEvent) -> None:
 
 
 def skeletons(model: Any, folder: Path, seed: int = 0) -> tuple[Skeleton, Skeleton, list[str]]:
-    job = job_for(model, folder / "out", seed=seed)
+    job = job_for(model, folder / "out", seed=seed, rotate=True)
     original = job.open_skeleton()
     return original, *job.fold_rotations(original, silent)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from vptq.quantize import measurements, sensitivity
+from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
 from vptq.quantize.sensitivity import Sensitivity, alike_layers, measure, measuring_tokens
 
@@ -31,7 +32,7 @@ def divergence(model: Any, disturbed: Any, tokens: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1].weight.data))
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1]))
     model = tiny(family)
     job = job_for(model, tmp_path / "out")
     skeleton = job.open_skeleton()
@@ -48,8 +49,24 @@ def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, mo
         assert seen.divergence > 1e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_planned_head_is_judged_as_in_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1]))
+    job = job_for(tiny(family), tmp_path / "out", spec=None, budget=Budget(bits=3.0), lm_head="auto")
+    skeleton = job.open_skeleton()
+    judged, _ = measuring_tokens(job, skeleton, ignore)
+    seen = measure(job, skeleton, ignore)[-1]
+    disturbed = tiny(family)
+    disturbed.lm_head.weight.data = disturb(disturbed.lm_head.weight.data)
+    assert seen.layers == ("lm_head",)
+    assert seen.divergence == pytest.approx(divergence(tiny(family), disturbed, judged), rel=1e-2)
+    assert seen.divergence > 1e-3
+
+
 def test_nothing_disturbed_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: task[1].weight.data.clone())
+    monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: task[1].clone())
     job = job_for(tiny("llama"), tmp_path / "out")
     measured = measure(job, job.open_skeleton(), ignore)
     assert max(seen.divergence for seen in measured) < 1e-6
@@ -98,7 +115,10 @@ def test_a_measurement_is_made_once(job: Job, tmp_path: Path) -> None:
     assert measurements.sensitivities(job, skeleton, ignore) != first
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"sequences": 5}, {"seqlen": 17}, {"calibration": "wikitext2"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"sequences": 5}, {"seqlen": 17}, {"calibration": "wikitext2"}, {"rotate": True}],
+)
 def test_other_settings_are_another_measurement(
     change: dict[str, Any], job: Job, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +126,14 @@ def test_other_settings_are_another_measurement(
     assert measurements.cache_path(other) != measurements.cache_path(job)
     same = job_for(tiny_model_folder, tmp_path / "same", spec="v8-k256")
     assert measurements.cache_path(same) == measurements.cache_path(job)
+
+
+def test_rotations_of_different_seeds_are_measured_apart(job: Job, tiny_model_folder: Path, tmp_path: Path) -> None:
+    paths = {
+        measurements.cache_path(job_for(tiny_model_folder, tmp_path / f"{seed}", rotate=True, seed=seed))
+        for seed in range(3)
+    }
+    assert len(paths) == 3
 
 
 def test_a_model_in_memory_is_always_measured(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ AbsorbPermOption = Annotated[
         "--absorb-perm/--no-absorb-perm", help="Fold the column order into the indices where the format allows it."
     ),
 ]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-head",
+        help="Quantize the output head too: a spec, such as v4-k64-64, or auto with a budget. Refused where it is tied "
+        "to the embedding.  [default: stays as it is]",
+    ),
+]
+RotateOption = Annotated[
+    bool,
+    typer.Option(
+        "--rotate",
+        help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
+        " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
+    ),
+]
 
 
 def check_start(overwrite: bool, resume: bool) -> None:

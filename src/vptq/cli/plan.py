@@ -25,9 +25,11 @@ from vptq.cli.options import (
     BitsOption,
     CalibrationOption,
     DeviceOption,
+    HeadOption,
     NormOption,
     OriginalArgument,
     PermOption,
+    RotateOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
@@ -52,6 +54,8 @@ def plan(
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
+    rotate: RotateOption = False,
+    lm_head: HeadOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show which layers a budget would quantize how.
@@ -81,6 +85,8 @@ def plan(
             norm=norm,
             perm=perm,
             absorb_perm=absorb_perm,
+            rotate=rotate,
+            lm_head=lm_head,
             progress=bars,
         )
     _print_plan(made)

@@ -14,11 +14,13 @@ from vptq.cli.options import (
     BitsOption,
     CalibrationOption,
     DeviceOption,
+    HeadOption,
     NormOption,
     OriginalArgument,
     OverwriteOption,
     PermOption,
     ResumeOption,
+    RotateOption,
     SeedOption,
     SeqlenOption,
     SequencesOption,
@@ -103,14 +105,8 @@ def quantize(
             "model at the end (e2e), or both.",
         ),
     ] = Finetune.none,
-    rotate: Annotated[
-        bool,
-        typer.Option(
-            "--rotate",
-            help="Fold random rotations into the weights first: the same model with its outliers spread. Llama,"
-            " Mistral, Qwen2, Qwen3 and alike; unties tied embeddings.",
-        ),
-    ] = False,
+    rotate: RotateOption = False,
+    lm_head: HeadOption = None,
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
@@ -157,6 +153,7 @@ def quantize(
             absorb_perm=absorb_perm,
             finetune=finetune.value,
             rotate=rotate,
+            lm_head=lm_head,
             progress=bars,
         )
     _print_summary(report, output_dir)
@@ -184,6 +181,7 @@ def _print_summary(report: Report, folder: Path) -> None:
     rows = {
         "written": str(folder),
         **({"budget": report.budget, "specs": report.spec} if report.budget else {"spec": report.spec}),
+        **({"output head": report.lm_head} if report.lm_head else {}),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "quantized": f"{len(report.layers)} layers, {report.quantized_weights:,} weights, {share:.1%} of the model",
         "left as it was": _skipped(report),

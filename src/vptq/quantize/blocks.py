@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,26 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from vptq.config import LayerConfig
-from vptq.errors import CalibrationError, VPTQError
+from vptq.errors import CalibrationError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.block_tuning import TunedBlock, tune_block
 from vptq.quantize.fisher import group_weights
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
+from vptq.quantize.layers import SolvedLayer, solve_layer
 from vptq.quantize.memory import return_freed_memory
 from vptq.quantize.paired import PairedActivations
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
-from vptq.quantize.solver import Solution, quantize_weight
 from vptq.reference import dequantize
 
 Solved = dict[str, tuple[LayerReport, Mapping[str, Tensor]]]
 """Module path -> its report and its tensors by on-disk name."""
-
-BROKEN_LOSS_FACTOR = 4.0
-"""No source is harder than a Gaussian, whose distortion at R bits is 2^-2R; k-means codebooks of every size in use stay
-within 1.7 times of that (docs/algorithm.md). A proxy loss beyond 4 times means wrong data, not a small codebook."""
 
 
 @dataclass
@@ -76,7 +71,7 @@ class BlockSolver:
             activations = Activations(skeleton, tokens, job.compute_dtype)
         return cls(job, skeleton, activations, pairs, token_weights, progress, warnings)
 
-    def finish_block(self, index: int) -> list[LayerReport]:
+    def finish_block(self, index: int) -> None:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
         job, workspace = self.job, self.job.workspace
         self.skeleton.load_block(index, job.compute_dtype)
@@ -92,7 +87,6 @@ class BlockSolver:
             self._advance(index)
         self.skeleton.unload_block(index)
         return_freed_memory()
-        return workspace.block_reports(index)
 
     def _solve(self, index: int) -> tuple[Solved, TunedBlock | None]:
         """Quantizes the block, and trains it if that is asked for; the activations advance past it."""
@@ -170,33 +164,20 @@ class BlockSolver:
         sizes = [linears[name].weight.numel() for name, _ in tasks]
         solved: Solved = {}
         solve = partial(self._solve_layer, index)
-        for name, solution, seconds in map_layers(solve, tasks, sizes, self.job.device):
-            path = self._path(index, name)
-            weight = solution.weight.absorb_perm() if self.job.absorb_perm else solution.weight
-            tensors = {key: tensor.cpu() for key, tensor in weight.to_tensors(self.job.dtype).items()}
-            solved[path] = (self._layer_report(path, weight.config, solution, seconds), tensors)
+        for layer in map_layers(solve, tasks, sizes, self.job.device):
+            path = layer.report.name
+            solved[path] = (layer.report, layer.tensors)
+            self._tell(layer)
             if self.job.hessian_inputs != "original":
-                self._take_over(index, {path: (weight.config, tensors)}, {})
+                self._take_over(index, {path: (layer.config, layer.tensors)}, {})
         return solved
 
-    def _solve_layer(self, index: int, task: tuple[str, Moments]) -> tuple[str, Solution, float]:
+    def _solve_layer(self, index: int, task: tuple[str, Moments]) -> SolvedLayer:
         """One layer; called from several threads at once."""
         name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
-        began = time.monotonic()
-        try:
-            solution = quantize_weight(
-                moments.target(linear.weight.data),
-                moments.hessian,
-                self.job.layer_config(path, linear),
-                self.job.generator(path),
-                dtype=self.job.dtype,
-                bias=None if linear.bias is None else linear.bias.data,
-                solver=self.job.solver,
-            )
-        except VPTQError as error:
-            raise type(error)(f"{path}: {error}") from error
-        return name, solution, time.monotonic() - began
+        bias = None if linear.bias is None else linear.bias.data
+        return solve_layer(self.job, path, linear.weight.data, bias, moments, self.job.layer_config(path, linear))
 
     def _path(self, index: int, name: str) -> str:
         return f"{self.skeleton.blocks_name}.{index}.{name}"
@@ -240,19 +221,9 @@ class BlockSolver:
         tails = [name.rpartition(".")[2] for name in group.names]
         return Moments(load_hessian(self.job.hessian_dir, index, tails, group.features).to(self.job.device))
 
-    def _layer_report(self, name: str, config: LayerConfig, solution: Solution, seconds: float) -> LayerReport:
-        report = LayerReport(
-            name, config.to_entry(), config.bits_per_weight, solution.losses, round(seconds, 2), solution.damping
-        )
-        if solution.damping > self.job.solver.damping:
-            self.warnings.append(f"{name}: damping raised to {solution.damping:g} to factor its Hessian")
-        bits = (config.index_bits + config.residual_bits) / config.vector_len
-        limit = BROKEN_LOSS_FACTOR * 2.0 ** (-2.0 * bits)
-        if not report.loss <= limit:
-            self.warnings.append(
-                f"{name}: proxy loss {report.loss:.1%} is above {limit:.1%}; its Hessian or weight looks broken"
-            )
+    def _tell(self, layer: SolvedLayer) -> None:
+        self.warnings += layer.warnings
         self.layers_done += 1
-        line = f"{name}  loss {report.loss:.3%}  {config.bits_per_weight:.2f} bits"
-        self.progress(ProgressEvent("quantizing layers", self.layers_done, self.skeleton.num_linears, line, name))
-        return report
+        line = f"{layer.report.name}  loss {layer.report.loss:.3%}  {layer.config.bits_per_weight:.2f} bits"
+        total = self.skeleton.num_linears
+        self.progress(ProgressEvent("quantizing layers", self.layers_done, total, line, layer.report.name))

@@ -70,8 +70,9 @@ def _front_matter(base_model: str | None) -> str:
 
 def _introduction(report: Report, base_model: str | None) -> str:
     original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else report.model
+    what = "linear layers and its output head" if report.lm_head else "linear layers"
     return (
-        f"{original} with its linear layers quantized by vector post-training quantization (VPTQ) to "
+        f"{original} with its {what} quantized by vector post-training quantization (VPTQ) to "
         f"**{report.bits_per_weight:.3f} bits per weight**: every stored bit of those layers, codebooks and scales "
         "included, over their weights. The license is that of the original.\n"
     )
@@ -80,6 +81,7 @@ def _introduction(report: Report, base_model: str | None) -> str:
 def _how_made(report: Report) -> str:
     rows = {
         **(_one_spec(report.spec) if not report.budget else _planned(report)),
+        **({"output head": f"quantized too, `{report.lm_head}`"} if report.lm_head else {}),
         "calibration": report.calibration,
         **({"Hessians of inputs in": HESSIANS_OF[report.hessian_inputs]} if report.hessian_inputs else {}),
         **({"finetuning": _finetuning(report.finetuning)} if report.finetuning else {}),

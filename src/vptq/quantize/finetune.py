@@ -101,7 +101,7 @@ class Finetuning:
                 "sequences; give a longer --calibration text, or a smaller --seqlen"
             )
         self._make_targets()
-        student = Student(self.folder, self.device)
+        student = Student(self.folder, self.device, self.skeleton)
         steps = max(1, sequences * self.config.epochs // self.config.batch)
         trainer = Trainer(student.trained(), self.dtype, self.config, steps)
         trainer.restore(self.work / "training")

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
 from vptq.errors import ConfigError
+from vptq.linear import VQuantLinear
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.card import save_card
 from vptq.quantize.finetune import FinetuneReport, Finetuning, held_out_for
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.report import ProgressCallback, load_report, save_report
 from vptq.quantize.setup import check_output, check_text_size, checked_calibration, checked_device
-from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles, tied_weights
 from vptq.quantize.workspace import Workspace
@@ -119,14 +120,24 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _check_same_head(folder: Path, original: Skeleton) -> None:
-    """Both models' last hidden states go through the quantized model's head, so it has to be the original's."""
-    head: Any = original.model.get_output_embeddings()  # type: ignore[operator]
-    path = next((path for path, module in original.model.named_modules() if module is head), "")
+    """Raises ConfigError where the folder was made from another model, as far as the output head can tell.
+
+    A dense head serves both models, so it has to be the original's; of a quantized one each goes through its own.
+    """
+    path, _ = head_of(original.model)
     name, files = tied_weights(original.model).get(f"{path}.weight", f"{path}.weight"), WeightFiles(folder)
-    if name not in files or name not in original.files:
+    stored = Checkpoint.open(folder)
+    quantized = path in stored.layers()
+    if not (quantized or name in files) or name not in original.files:
         raise ConfigError(f"{folder} does not hold the output head of its original ({name}): it cannot be finetuned")
-    ours, theirs = files.load(name), original.files.load(name)
-    if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+    theirs = original.files.load(name)
+    if quantized:
+        ours = VQuantLinear.from_weight(stored.load_layer(path), torch.float32).dequantize()
+        same = ours.shape == theirs.shape and bool((ours - theirs).norm() < theirs.float().norm())
+    else:
+        ours = files.load(name)
+        same = ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))
+    if not same:
         raise ConfigError(
             f"{name} of {folder} is not that of the original: give the model it was made from; one made with --rotate "
             "or with a finetuned head cannot be finetuned this way"

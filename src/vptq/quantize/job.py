@@ -24,7 +24,7 @@ from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.original import Original
 from vptq.quantize.report import ProgressCallback, ProgressEvent
-from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import tied_weights
@@ -42,7 +42,8 @@ class Job:
         compute_dtype: what blocks run in: float32 on a CPU, the stored dtype on a GPU.
         spec: for every layer; with a budget only its norm and perm count.
         budget: what a plan chooses each layer's spec for, or None.
-        planned: the plan's specs by module path, once it is made.
+        lm_head: the output head's spec; "auto" where a plan chooses it; None leaves the head as it is.
+        planned: specs by module path of layers that do not get `spec`: a plan's, and the head's.
     """
 
     original: Original
@@ -66,6 +67,7 @@ class Job:
     training: TrainingConfig
     workspace: Workspace
     budget: Budget | None = None
+    lm_head: QuantSpec | str | None = None
     planned: Mapping[str, QuantSpec] = field(default_factory=dict)
 
     @property
@@ -111,6 +113,7 @@ class Job:
             "absorb_perm": self.absorb_perm,
             "finetune": self.finetune,
             "rotate": self.rotate,
+            "lm_head": dataclasses.asdict(self.lm_head) if isinstance(self.lm_head, QuantSpec) else self.lm_head,
             "solver": dataclasses.asdict(self.solver),
             "training": dataclasses.asdict(self.training) if self.finetune != "none" else None,
         }
@@ -124,6 +127,14 @@ class Job:
         if not self.workspace.resumed:
             self.workspace.remove()
 
+    def empty_model(self) -> nn.Module:
+        """The modules of the model that is quantized; rotations untie the embeddings."""
+        if not self.rotate:
+            return self.original.empty_model()
+        config = copy.deepcopy(self.original.config)
+        config.tie_word_embeddings = False
+        return self.original.empty_model(config)
+
     def open_skeleton(self) -> Skeleton:
         """The original, one block in memory at a time; one that cannot be rotated is refused before it is fetched."""
         if self.rotate:
@@ -131,10 +142,11 @@ class Job:
         return self.original.open_skeleton()
 
     def fold_rotations(self, original: Skeleton, progress: ProgressCallback) -> tuple[Skeleton, list[str]]:
-        """The same model with rotations folded into its weights, proved to compute the same, and what to warn of."""
-        config, tied = copy.deepcopy(self.original.config), tied_weights(original.model)
-        config.tie_word_embeddings = False
-        empty = self.original.empty_model(config)
+        """The model to quantize and what to warn of: with rotations folded into its weights, proved to compute the
+        same, where they are wanted."""
+        if not self.rotate:
+            return original, []
+        empty, tied = self.empty_model(), tied_weights(original.model)
         files = FoldedFiles(original.files, folds_of(empty, self.seed), tied)
         folded = Skeleton(empty, files, self.device)
         check_same_function(original, folded, self.seed, progress)
@@ -199,39 +211,60 @@ class Job:
             and _at_most(config.outlier_num_centroids, config.num_outlier_vectors * config.outlier_size),
         )
 
-    def check_layers(self, skeleton: Skeleton, progress: ProgressCallback) -> list[str]:
-        """Checks the spec against every layer, every weight for NaN, and that no Hessian file is missing.
+    def parts(self, skeleton: Skeleton) -> range:
+        """Numbers of what is solved and stored one after the other: the blocks, then the head if it is quantized."""
+        return range(len(skeleton.blocks) + (self.lm_head is not None))
+
+    def check_weights(self, original: Skeleton, progress: ProgressCallback) -> None:
+        """Reads every weight once, and raises ConfigError where one holds NaN or infinity."""
+        parts = [
+            [f"{original.blocks_name}.{i}.{path}" for path in original.linears(i)] for i in range(len(original.blocks))
+        ]
+        parts += [[head_of(original.model)[0]]] if self.lm_head is not None else []
+        tied = tied_weights(original.model)
+        for number, paths in enumerate(parts):
+            progress(ProgressEvent("checking weights", number, len(parts)))
+            for name in (f"{path}.weight" for path in paths):
+                if not bool(torch.isfinite(original.files.load(tied.get(name, name))).all()):
+                    raise ConfigError(f"{name} holds NaN or infinity: the model file is damaged")
+
+    def check_specs(self, skeleton: Skeleton) -> list[str]:
+        """Checks every layer's spec, and that no Hessian file is missing; no weight is read.
 
         Returns:
             A warning for each kind of layer whose codebook had to be clamped.
 
         Raises:
-            ConfigError: the spec fits no layer, or a weight holds NaN or infinity.
+            ConfigError: the spec fits no layer.
             CalibrationError: a Hessian file is missing.
         """
         clamped: dict[tuple[str, str], str] = {}
         kept = 0
         for index in range(len(skeleton.blocks)):
-            progress(ProgressEvent("checking weights", index, len(skeleton.blocks)))
             for path, linear in skeleton.linears(index).items():
                 name = f"{skeleton.blocks_name}.{index}.{path}"
-                try:
-                    config = self.layer_config(name, linear)
-                except ConfigError as error:
-                    raise ConfigError(f"{name}: {error}") from error
-                spec = self.spec_of(name)
-                kept += config.num_centroids == spec.num_centroids
-                clamped |= {(path, kind): line for kind, line in _clamped(path, spec, config).items()}
+                config, lines = self._checked(name, path, linear)
+                kept += config.num_centroids == self.spec_of(name).num_centroids
+                clamped |= lines
                 if self.hessian_dir is not None:
                     find_hessian(self.hessian_dir, index, [path.rpartition(".")[2]])
-                if not bool(torch.isfinite(skeleton.files.load(f"{name}.weight")).all()):
-                    raise ConfigError(f"{name}.weight holds NaN or infinity: the model file is damaged")
         if not kept:
             raise ConfigError(
                 f"spec {self.spec.name} has {self.spec.num_centroids} centroids, more than any layer of this model has"
                 " vectors; choose a smaller codebook or a shorter vector"
             )
+        if self.lm_head is not None:
+            path, head = head_of(skeleton.model)
+            clamped |= self._checked(path, path, head)[1]
         return [f"{warning}, one for each vector at most" for warning in clamped.values()]
+
+    def _checked(self, name: str, path: str, linear: nn.Linear) -> tuple[LayerConfig, dict[tuple[str, str], str]]:
+        """What its spec makes of the layer, and a warning for each codebook that is clamped, by path and codebook."""
+        try:
+            config = self.layer_config(name, linear)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        return config, {(path, kind): line for kind, line in _clamped(path, self.spec_of(name), config).items()}
 
 
 def _at_most(centroids: int, vectors: int) -> int:

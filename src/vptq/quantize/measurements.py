@@ -28,7 +28,7 @@ from vptq.quantize.sensitivity import (
 )
 from vptq.quantize.skeleton import Skeleton
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of what is measured or how."""
 
 
@@ -64,7 +64,7 @@ def cache_path(job: Job) -> Path | None:
 def _identity(job: Job) -> dict[str, Any]:
     assert job.original.source is not None
     settings = job.settings()
-    kept = ("model", "model_config", "sequences", "seqlen", "seed", "device", "dtype")
+    kept = ("model", "model_config", "sequences", "seqlen", "seed", "device", "dtype", "rotate", "lm_head")
     model = Path(job.original.source.folder)
     files = sorted((*model.glob("*.safetensors"), *model.glob("*.gguf"))) if job.original.source.is_local else []
     return {

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vptq.checkpoint import save_tensors, staged_folder
@@ -17,7 +16,6 @@ from vptq.quantize.job import Job
 from vptq.quantize.report import Report, save_report
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.weights import tied_weights
-from vptq.quantize.workspace import Workspace
 
 
 def write_output(
@@ -39,7 +37,7 @@ def write_output(
     left = tuple(name for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and name not in layers)
     config.quantization_config = QuantConfig(layers, modules_to_not_convert=left).to_dict()
     with staged_folder(output, job.overwrite) as staging:
-        stored = _tensors(skeleton, job.workspace, layers, job.dtype)
+        stored = _tensors(skeleton, job, layers)
         save_tensors(staging, ((name, (trained or {}).get(name, tensor)) for name, tensor in stored))
         config.save_pretrained(staging)
         for extra in (job.original.tokenizer(), job.original.generation_config()):
@@ -71,17 +69,16 @@ def unquantized(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> dict[s
     return reasons
 
 
-def _tensors(
-    skeleton: Skeleton, workspace: Workspace, layers: Mapping[str, LayerConfig], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Original tensors in the order of their files, then the quantized ones block by block."""
+def _tensors(skeleton: Skeleton, job: Job, layers: Mapping[str, LayerConfig]) -> Iterator[tuple[str, Tensor]]:
+    """Original tensors in the order of their files, then the quantized ones block by block, the head's at the end."""
+    workspace, parts = job.workspace, job.parts(skeleton)
     known = set(skeleton.model.state_dict()) - tied_weights(skeleton.model).keys()
     replaced = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
-    for index in range(len(skeleton.blocks)):
+    for index in parts:
         replaced |= workspace.block_others(index).keys()
     for name in skeleton.files:
         if name in known and name not in replaced:
             tensor = skeleton.files.load(name)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for index in range(len(skeleton.blocks)):
+            yield name, tensor.to(job.dtype) if tensor.is_floating_point() else tensor
+    for index in parts:
         yield from workspace.block_tensors(index)

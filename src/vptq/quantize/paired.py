@@ -7,7 +7,7 @@ whatever follows, so the two can be compared there, and beginnings of all sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +78,12 @@ class PairedActivations:
             if y is not None:  # an expert may get other tokens than it did, or none
                 paired.add(y if x is None or x.shape != y.shape else x.to(y), y, count)
         return paired
+
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The hidden states themselves on the beginnings: of the original and of the quantized model."""
+        length = self.quantized.batches[0].shape[1]
+        originals = torch.cat([batch[:, :length] for batch in self.original.batches])
+        return zip(originals.split([len(b) for b in self.quantized.batches]), self.quantized.batches, strict=True)  # type: ignore[no-untyped-call]
 
     def _originals(self, name: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
         """What the original gave the layer, for every batch of the quantized model."""

@@ -25,12 +25,13 @@ from vptq.quantize.budget import Budget
 from vptq.quantize.finetune import Finetuning
 from vptq.quantize.fisher import token_weights
 from vptq.quantize.job import Job
+from vptq.quantize.lm_head import check_head, check_runs, solve_head
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import unquantized, write_output
 from vptq.quantize.planner import check_budget, follow_plan
-from vptq.quantize.report import LayerReport, ProgressCallback, Report
+from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent, Report
 from vptq.quantize.setup import prepare
-from vptq.quantize.skeleton import Skeleton
+from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
 
@@ -58,6 +59,7 @@ def quantize(
     absorb_perm: bool = True,
     finetune: str = "none",
     rotate: bool = False,
+    lm_head: str | QuantSpec | None = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -89,6 +91,8 @@ def quantize(
             train those of the whole model at the end; or "both".
         rotate: fold random rotations into the weights first, which changes no output of the model and spreads its
             outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
+        lm_head: spec of the output head, or "auto" with a budget; None leaves it as it is. One that is tied to the
+            embedding is refused, unless `rotate` takes them apart.
         progress: told about every step.
 
     Returns:
@@ -104,8 +108,9 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate, budget=Budget.read(bits, size),
+        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate, budget=Budget.read(bits, size), lm_head=lm_head,
     )  # fmt: skip
+    check_head(job)
     check_budget(job)
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
@@ -123,12 +128,13 @@ def quantize(
 
 
 def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
-    skeleton = job.open_skeleton()
+    original = job.open_skeleton()
+    job.check_weights(original, progress)
+    skeleton, warnings = job.fold_rotations(original, progress)
     plan = follow_plan(job, skeleton, progress)
-    warnings = job.check_layers(skeleton, progress)
-    if job.rotate:
-        skeleton, untied = job.fold_rotations(skeleton, progress)
-        warnings += untied
+    warnings += job.check_specs(skeleton)
+    if job.lm_head is not None:
+        check_runs(skeleton, job.compute_dtype)
     text = _calibration(job, progress, warnings)
     layers = _solve(job, skeleton, text, progress, warnings)
     configs = {layer.name: LayerConfig.from_entry(layer.entry, layer.name) for layer in layers}
@@ -151,6 +157,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         hessian=job.hessian if job.hessian_dir is None else "",
         rotated=job.rotate,
         budget="" if plan is None else plan.budget,
+        lm_head="" if job.lm_head is None else job.spec_of(head_of(skeleton.model)[0]).name,
     )
     errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
     report.block_finetuning = [pair for pair in errors if pair is not None]
@@ -200,12 +207,19 @@ def _solve(
     job: Job, skeleton: Skeleton, text: _Text, progress: ProgressCallback, warnings: list[str]
 ) -> list[LayerReport]:
     """Every block's layers, quantized and stored."""
-    workspace, blocks = job.workspace, range(len(skeleton.blocks))
-    if all(map(workspace.has_block, blocks)):  # interrupted while finetuning: nothing to run the text through
-        return [report for index in blocks for report in workspace.block_reports(index)]
+    workspace, blocks, parts = job.workspace, range(len(skeleton.blocks)), job.parts(skeleton)
+    if all(map(workspace.has_block, parts)):  # interrupted while finetuning: nothing to run the text through
+        return [report for index in parts for report in workspace.block_reports(index)]
     tokens = None if job.hessian_dir is not None else text.tokens[: len(text.tokens) - text.held_out]
     weights: Mapping[str, Tensor] = {}
     if tokens is not None and job.hessian == "fisher":
         weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
     solver = BlockSolver.start(job, skeleton, tokens, weights, progress, warnings)
-    return [report for index in blocks for report in solver.finish_block(index)]
+    for index in blocks:
+        solver.finish_block(index)
+    if job.lm_head is not None:
+        progress(ProgressEvent("quantizing the output head", 0, 1))
+        for path, layer in solve_head(job, skeleton, solver.activations, solver.pairs).items():
+            workspace.save_block(len(blocks), {path: (layer.report, layer.tensors)})
+            warnings += layer.warnings
+    return [report for index in parts for report in workspace.block_reports(index)]

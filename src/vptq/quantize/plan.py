@@ -15,7 +15,7 @@ from vptq.quantize.budget import Budget
 from vptq.quantize.candidates import Candidate
 from vptq.quantize.job import Job
 from vptq.quantize.sensitivity import Sensitivity, alike_layers
-from vptq.quantize.skeleton import find_blocks
+from vptq.quantize.skeleton import find_blocks, head_of
 from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
 
@@ -112,6 +112,7 @@ class Choices:
         """The choices that a model has under a job's settings; no weights are read."""
         name, blocks = find_blocks(model)
         units = [unit for block in alike_layers(blocks, name) for unit in block]
+        units += [dict([head_of(model)])] if job.lm_head is not None else []
         candidates = [job.candidates(next(iter(unit.values()))) for unit in units]
         linears = {path: linear for unit in units for path, linear in unit.items()}
         return cls(

@@ -15,6 +15,7 @@ from torch import nn
 from vptq.errors import ConfigError
 from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
+from vptq.quantize.lm_head import check_head
 from vptq.quantize.measurements import sensitivities
 from vptq.quantize.plan import Choices, Plan
 from vptq.quantize.report import ProgressCallback
@@ -36,6 +37,8 @@ def plan(
     norm: bool | None = None,
     perm: bool | None = None,
     absorb_perm: bool = True,
+    rotate: bool = False,
+    lm_head: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Plan:
     """What `vptq.quantize` would do with the same arguments; nothing but the measurement is kept.
@@ -53,6 +56,8 @@ def plan(
         norm: likewise.
         perm: likewise.
         absorb_perm: likewise.
+        rotate: likewise; the rotated model is what is measured.
+        lm_head: likewise; "auto" makes the output head one more layer to choose for.
         progress: told about every step.
 
     Returns:
@@ -68,10 +73,14 @@ def plan(
         job = prepare(
             model, Path(folder, "model"), None, budget=budget, calibration=str(calibration), sequences=sequences,
             seqlen=seqlen, seed=seed, device=device, dtype=dtype, norm=norm, perm=perm, absorb_perm=absorb_perm,
+            rotate=rotate, lm_head=lm_head,
         )  # fmt: skip
+        check_head(job)
         check_budget(job)
         job.enter_workspace()
-        return _make(job, job.open_skeleton(), progress or (lambda event: None))
+        tell = progress or (lambda event: None)
+        skeleton, _ = job.fold_rotations(job.open_skeleton(), tell)
+        return _make(job, skeleton, tell)
 
 
 def check_budget(job: Job) -> None:
@@ -81,7 +90,7 @@ def check_budget(job: Job) -> None:
         ConfigError: With what is in reach.
     """
     if job.budget is not None:
-        Choices.of(job, job.original.empty_model()).check(job.budget)
+        Choices.of(job, job.empty_model()).check(job.budget)
 
 
 def follow_plan(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> Plan | None:

@@ -98,6 +98,7 @@ class Report:
         finetuning: What end-to-end finetuning did (`finetune.FinetuneReport` as plain data); empty without it.
         rotated: Whether rotations were folded into the weights before.
         budget: What each layer's spec was chosen for, such as "2.25 bits"; empty where all have the same.
+        lm_head: Name of the output head's spec; empty where the head stayed as it was.
     """
 
     model: str
@@ -118,6 +119,7 @@ class Report:
     finetuning: dict[str, Any] = field(default_factory=dict)
     rotated: bool = False
     budget: str = ""
+    lm_head: str = ""
 
     @property
     def mean_loss(self) -> float:

@@ -10,7 +10,8 @@ blocks together, as hidden states: a block is loaded once, moves on every model 
 more for each of its own layers. It takes half a forward pass a layer, and memory for the hidden states of
 JUDGED_TOKENS tokens a layer: SmolLM2 210 x 1.2 MB, a 7B model 224 x 8 MB in float32.
 
-Experts of one block that have the same shape are measured, and later quantized, alike.
+Experts of one block that have the same shape are measured, and later quantized, alike. An output head that a plan
+chooses for is measured last, with the original's own hidden states.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import Activations
 from vptq.quantize.candidates import reference_of
 from vptq.quantize.head import divergence_of
+from vptq.quantize.hessian import HessianAccumulator, Moments
 from vptq.quantize.job import Job
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import ProgressCallback, ProgressEvent
-from vptq.quantize.skeleton import Skeleton, linears_of
-from vptq.quantize.solver import SolverConfig, quantize_weight
+from vptq.quantize.skeleton import Skeleton, head_of, linears_of
+from vptq.quantize.slabs import quantize_stored
+from vptq.quantize.solver import SolverConfig
 from vptq.reference import dequantize
 
 SEQLEN = 256
@@ -84,7 +87,7 @@ def measuring_tokens(job: Job, skeleton: Skeleton, progress: ProgressCallback) -
 
 
 def measure(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> list[Sensitivity]:
-    """Measures every layer of the blocks; the same job gives the same figures.
+    """Measures every layer of the blocks, and the head if it is planned; the same job gives the same figures.
 
     Raises:
         CalibrationError: The model's predictions are not finite.
@@ -99,8 +102,12 @@ def measure(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> list[Se
     for divergence in walk.divergences(judged):
         divergences.append(divergence)
         progress(ProgressEvent("judging predictions", len(divergences), len(walk.disturbed)))
-    names = [(tuple(unit), spec) for (unit, spec) in zip((u for b in units for u in b), walk.specs, strict=True)]
-    return [Sensitivity(layers, spec, kl) for (layers, spec), kl in zip(names, divergences, strict=True)]
+    names = [tuple(unit) for block in units for unit in block]
+    if job.lm_head is not None:
+        path, _ = head_of(skeleton.model)
+        names.append((path,))
+        divergences.append(walk.head_divergence(judged))
+    return [Sensitivity(*measured) for measured in zip(names, walk.specs, divergences, strict=True)]
 
 
 class _Walk:
@@ -138,6 +145,20 @@ class _Walk:
         for disturbed in logits:
             yield _divergence(original, disturbed)
 
+    def head_divergence(self, judged: Tensor) -> float:
+        """KL(original || quantized) per token where the output head alone is quantized."""
+        skeleton, job = self._skeleton, self._job
+        path, head = head_of(skeleton.model)
+        seen = HessianAccumulator(head.in_features, job.device)
+        for states in skeleton.last_states(self._calibration.batches, job.compute_dtype):
+            seen.add(states)
+        self.specs.append(reference_of(job.candidates(head)).spec.name)
+        (original,) = skeleton.logits(judged, [torch.cat(self._original.batches)], job.compute_dtype)
+        weight = skeleton.files.load(f"{path}.weight")
+        head.weight = nn.Parameter(self._solve((path, weight, head, seen.hessian())), requires_grad=False)
+        (disturbed,) = skeleton.logits(judged, [torch.cat(self._original.batches)], job.compute_dtype)
+        return _divergence(original, disturbed)
+
     def _quantize(self, index: int, units: Sequence[Mapping[str, nn.Linear]]) -> dict[str, Tensor]:
         """Quick quantizations of the block's layers with their reference specs; path in the model -> weight."""
         hessians = self._hessians(index)
@@ -146,23 +167,22 @@ class _Walk:
             linear = next(iter(unit.values()))
             spec = reference_of(self._job.candidates(linear)).spec
             self.specs.append(spec.name)
-            tasks += [(name, linear, hessians[name]) for name, linear in unit.items()]
-        sizes = [linear.weight.numel() for _, linear, _ in tasks]
+            tasks += [(name, linear.weight.data, linear, hessians[name]) for name, linear in unit.items()]
+        sizes = [weight.numel() for _, weight, _, _ in tasks]
         solved = map_layers(self._solve, tasks, sizes, self._job.device)
-        return {name: weight for (name, _, _), weight in zip(tasks, solved, strict=True)}
+        return {name: weight for (name, *_), weight in zip(tasks, solved, strict=True)}
 
-    def _solve(self, task: tuple[str, nn.Linear, Tensor]) -> Tensor:
-        name, linear, hessian = task
+    def _solve(self, task: tuple[str, Tensor, nn.Linear, Tensor]) -> Tensor:
+        name, weight, linear, hessian = task
         job = self._job
         config = dataclasses.replace(job.fit(reference_of(job.candidates(linear)).spec, linear), bias=False)
         try:
-            solution = quantize_weight(
-                linear.weight.data, hessian, config, job.generator(name), dtype=job.dtype, solver=QUICK
+            stored = quantize_stored(
+                weight, Moments(hessian), config, job.generator(name), dtype=job.dtype, solver=QUICK
             )
         except VPTQError as error:
             raise type(error)(f"{name}: {error}") from error
-        weight = solution.weight
-        return dequantize(weight.config, weight.to_tensors(job.dtype)).to(linear.weight)
+        return dequantize(stored.config, stored.tensors).to(job.device, job.compute_dtype)
 
     def _hessians(self, index: int) -> dict[str, Tensor]:
         """Path in the model -> Hessian; the identity for experts that no token has reached."""

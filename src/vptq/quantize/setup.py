@@ -49,6 +49,7 @@ def prepare(
     finetune: str = "none",
     rotate: bool = False,
     budget: Budget | None = None,
+    lm_head: str | QuantSpec | None = None,
 ) -> Job:
     """Checks everything that can be checked without reading weights. With neither spec nor budget, DEFAULT_SPEC it is.
 
@@ -60,15 +61,15 @@ def prepare(
             f"--spec names what every layer gets, and {budget} is a budget to choose from; give one of them"
         )
     spec = DEFAULT_SPEC if spec is None else spec
-    chosen = QuantSpec.parse(spec) if isinstance(spec, str) else spec
-    if norm is not None:
-        chosen = dataclasses.replace(chosen, enable_norm=norm)
-    if perm is not None:
-        chosen = dataclasses.replace(chosen, enable_perm=perm)
+    chosen = _chosen(spec, norm, perm)
+    if lm_head is not None and hessian_dir is not None:
+        raise ConfigError(f"--lm-head {lm_head}: Hessian files have none for the head; leave --hessian-dir out")
+    if lm_head is not None and (lm_head == "auto") != (budget is not None):
+        how = "give a spec, such as v8-k256-256" if budget is None else "give auto"
+        raise ConfigError(f"--lm-head is {lm_head}, with {budget or 'no budget to choose for'}; {how}")
+    head = lm_head if lm_head is None or lm_head == "auto" else _chosen(lm_head, norm, perm)
     if hessian_inputs not in HESSIAN_INPUTS:
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
-    if rotate and budget is not None:
-        raise ConfigError(f"--rotate and {budget} do not go together yet; give --spec")
     if hessian not in HESSIANS:
         raise ConfigError(f"--hessian is {hessian!r}; choose one of {', '.join(HESSIANS)}")
     if hessian == "fisher" and hessian_dir is not None:
@@ -122,7 +123,16 @@ def prepare(
         training=TrainingConfig(),
         workspace=workspace,
         budget=budget,
+        lm_head=head,
     )
+
+
+def _chosen(spec: str | QuantSpec, norm: bool | None, perm: bool | None) -> QuantSpec:
+    """The spec that is meant, with another norm and perm where they are given."""
+    chosen = QuantSpec.parse(spec) if isinstance(spec, str) else spec
+    if norm is not None:
+        chosen = dataclasses.replace(chosen, enable_norm=norm)
+    return chosen if perm is None else dataclasses.replace(chosen, enable_perm=perm)
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:

@@ -91,6 +91,15 @@ class Skeleton:
             self.load_block(index, dtype)
         self.model.tie_weights()  # type: ignore[operator]
 
+    def load_head(self, dtype: torch.dtype) -> nn.Module:
+        """The model with nothing but its output head in place, and left there."""
+        path, head = head_of(self.model)
+        source = (getattr(self.model, "all_tied_weights_keys", None) or {}).get(f"{path}.weight", f"{path}.weight")
+        head.weight = nn.Parameter(self.files.load(source).to(self.device, dtype), requires_grad=False)
+        if head.bias is not None:
+            head.bias = nn.Parameter(self.files.load(f"{path}.bias").to(self.device, dtype), requires_grad=False)
+        return self.model
+
     def last_states(self, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
         """For each of the states that leave the last block [batch, seqlen, width]: the same behind the final norm.
 
@@ -105,7 +114,9 @@ class Skeleton:
             last = getattr(output, "last_hidden_state", None)
             if not isinstance(last, Tensor) or last.shape != states.shape:
                 kind = type(self.model).__name__
-                raise ConfigError(f"{kind} does not give its last hidden states: it cannot be finetuned")
+                raise ConfigError(
+                    f"{kind} does not give its last hidden states: it cannot be finetuned, nor its head quantized"
+                )
             yield last
         self._unload_outside()
 
@@ -203,6 +214,19 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
     chosen = max(outermost, key=weights)
     return chosen, lists[chosen]
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The output head: its module path, and the layer.
+
+    Raises:
+        ConfigError: the model has none that is a linear layer.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    path = next((path for path, module in model.named_modules() if module is head), "")
+    if not path or not isinstance(head, nn.Linear):
+        raise ConfigError(f"{type(model).__name__} has no output head that is a linear layer")
+    return path, head
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:

@@ -73,11 +73,13 @@ class Solution:
         weight: the quantized weight, codebooks rounded to the storage dtype.
         losses: stage -> tr(E H E^T) / tr(W H W^T), in the order of the stages; the last is the loss of `weight`.
         damping: the damping the Cholesky factorization needed.
+        energy: tr(W H W^T).
     """
 
     weight: QuantizedWeight
     losses: dict[str, float]
     damping: float
+    energy: float
 
 
 @dataclass
@@ -145,17 +147,49 @@ def quantize_weight(
     _initialize_codebooks(problem, config, generator)
     factor, damping = inverse_factor(problem.hessian, problem.solver.damping)
     _optimize(problem, factor, affine=config.enable_norm)
-    return Solution(_result(problem, config, bias), problem.losses, damping)
+    return Solution(_result(problem, config, bias), problem.losses, damping, problem.loss_unit)
 
 
-def _set_up(weight: Tensor, hessian: Tensor, config: LayerConfig, solver: SolverConfig, dtype: torch.dtype) -> _Problem:
-    """Normalization, column order and segments. Dead inputs keep a tiny diagonal, so that every column has a cost."""
+def assign_rows(
+    weight: Tensor, hessian: Tensor, found: QuantizedWeight, *, dtype: torch.dtype, solver: SolverConfig
+) -> Solution:
+    """Quantizes rows [rows, in_features] of a layer, float32, with the codebooks, normalization and column order that
+    `quantize_weight` has found for others of it."""
+    config = dataclasses.replace(found.config, out_features=len(weight))
+    problem = _set_up(weight, hessian, config, solver, dtype, found)
+    columns, segments = problem.columns, problem.segments
+    books = [] if found.outlier_codebook is None else [[found.outlier_codebook]]
+    for number, book in enumerate(found.codebook):
+        books.append([book] if found.residual_codebook is None else [book, found.residual_codebook[number]])
+    for segment, stages in zip(segments, books, strict=True):
+        shape = (segment.stop - segment.start, segment.vectors_per_column)
+        segment.stages = stages
+        segment.indices = [torch.empty(shape, dtype=torch.int64, device=weight.device) for _ in stages]
+    factor, damping = inverse_factor(problem.hessian, solver.damping)
+    decoded = feedback_pass(columns, factor, segments, solver.beam_for, solver.block_size)
+    decoded = descent_sweep(columns, problem.hessian, segments, decoded, solver.beam_for, solver.block_size)
+    problem.record("descent", decoded)
+    return Solution(_result(problem, config, None), problem.losses, damping, problem.loss_unit)
+
+
+def _set_up(
+    weight: Tensor,
+    hessian: Tensor,
+    config: LayerConfig,
+    solver: SolverConfig,
+    dtype: torch.dtype,
+    found: QuantizedWeight | None = None,
+) -> _Problem:
+    """Normalization, column order (those of `found`, if given) and segments. Dead inputs keep a tiny diagonal, so that
+    every column has a cost."""
     loss_unit = float((weight * (weight @ hessian)).sum(dtype=torch.float64))
     hessian = hessian.clone()
     hessian.diagonal().clamp_(min=1e-8 * float(hessian.diagonal().mean().clamp(min=1e-20)))
     shift = torch.zeros(config.in_features, device=weight.device)
     scale = torch.ones_like(shift)
-    if config.enable_norm:
+    if found is not None and found.weight_scale is not None and found.weight_bias is not None:
+        scale, shift = found.weight_scale, found.weight_bias
+    elif config.enable_norm:
         shift = weight.mean(0).to(dtype).float()
         spread = (weight - shift).square().mean(0).sqrt()
         floor = max(1e-4 * float(spread.mean()), torch.finfo(dtype).tiny)  # constant columns: all is in the shift
@@ -164,7 +198,9 @@ def _set_up(weight: Tensor, hessian: Tensor, config: LayerConfig, solver: Solver
     # A permutation may be free even where none is stored: absorb_perm undoes it when one codebook serves all columns.
     free = config.num_groups == 1 and not config.has_outliers
     perm = torch.arange(config.in_features, device=weight.device)
-    if config.enable_perm or free:
+    if found is not None and found.perm is not None:
+        perm = found.perm
+    elif config.enable_perm or free:
         perm = torch.argsort(hessian.diagonal() * scale.square(), descending=True, stable=True)
     segments = []
     bounds = [0, config.outlier_size] if config.has_outliers else [0]

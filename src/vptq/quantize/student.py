@@ -1,9 +1,11 @@
 """A quantized model that is trained to answer as its original does, and what it is measured by.
 
 The teacher is the original's last hidden states, made once, one block in memory at a time; both go through the same
-output head, which is not trained. The student is the quantized model in float32, its indices as stored: dense weights
-exist for one decoder block at a time, because every block is checkpointed and looks its weights up again for its
-gradients.
+output head, which is not trained. Where the head is quantized, the teacher goes through the original's and the student
+through its own, made dense once: looking a large head up again for every slice of positions, and collecting gradients
+for its codebooks there, would take longer than all blocks together. The student is the quantized model in float32, its
+indices as stored: dense weights exist for one decoder block at a time, because every block is checkpointed and looks
+its weights up again for its gradients.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class Student:
         model: the transformers model, in eval mode, float32.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        """Loads the model of `folder`.
+    def __init__(self, folder: Path, device: torch.device, original: Skeleton) -> None:
+        """Loads the model of `folder`, and where its head is quantized that of `original`.
 
         Raises:
             CheckpointError: the folder is no quantized model, or damaged.
@@ -45,9 +47,16 @@ class Student:
             del config.quantization_config
         self.model: Any = empty_model(config, torch.float32, device)
         skeleton = Skeleton(self.model, WeightFiles(folder), device)
+        self._teacher: Any = self.model
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
         for path in stored.layers():
-            layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32)
-            self.model.set_submodule(path, layer.to(device))
+            layer = VQuantLinear.from_weight(stored.load_layer(path), torch.float32).to(device)
+            if self.model.get_submodule(path) is head:
+                head.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+                head.register_parameter("bias", layer.bias)
+                self._teacher = original.load_head(torch.float32)
+            else:
+                self.model.set_submodule(path, layer)
         skeleton.load_everything(torch.float32)
         self.device = device
         for block in skeleton.blocks:
@@ -86,5 +95,5 @@ class Student:
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            original = logits_of(self.model, target.to(hidden))
+            original = logits_of(self._teacher, target.to(hidden))
         return divergence_of(original, logits_of(self.model, hidden))

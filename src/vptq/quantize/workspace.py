@@ -4,7 +4,8 @@
     DIR.work/plan.json            each layer's spec, where a budget chose them
     DIR.work/tokens/              the calibration sequences
     DIR.work/original/            the original weights, if they had to be converted
-    DIR.work/blocks/0007/         a finished decoder block: its quantized tensors and layers.json
+    DIR.work/blocks/0007/         a finished decoder block: its quantized tensors and layers.json; a quantized output
+                                  head is one more
 
 Every folder appears complete, by a rename, or not at all. Hidden states are not kept: they take minutes of disk for
 seconds of computing, and the finished blocks give them back bit for bit.
