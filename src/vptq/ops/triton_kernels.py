@@ -1,8 +1,8 @@
 """The Triton kernels: a vector times a layer, a few vectors on tensor cores, and the dense weight.
 
-Sums run over columns, which `splits` programs share where a layer has too few rows to fill a GPU; each writes its part
+Sums run over columns, which several programs share where a layer has too few rows to fill a GPU; each writes its part
 and `add_parts` adds them in one order, so that the same input gives the same bytes. No atomics, no scratch to clear.
-Names in capitals are compile-time constants: what the format fixes for a layer (vector length, index bits) and the tile.
+Names in capitals are compile-time constants: what is fixed for a layer (vector length, index bits), and the tile.
 """
 
 from __future__ import annotations

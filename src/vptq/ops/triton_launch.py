@@ -18,6 +18,7 @@ from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES, Tile,
 
 Stored = dict[str, Tensor | None]
 """A layer's tensors by the kernels' parameter names."""
+Grid = tuple[int, int, int]
 
 VECTOR_PROGRAMS = 8
 MATRIX_PROGRAMS = 2
@@ -40,9 +41,9 @@ def vector(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) ->
     stored = _padded(stored, sizes)
 
     def run(tile: Tile) -> Tensor:
-        splits, grid, arguments = _shared(tile, sizes, len(x), VECTOR_PROGRAMS * _multiprocessors(x.device))
-        out, parts = _outputs(x, sizes, splits)
-        kernels.multiply_vector[(*grid, len(x))](
+        grid, arguments = _shared(tile, sizes, len(x), VECTOR_PROGRAMS * _multiprocessors(x.device))
+        out, parts = _outputs(x, sizes, grid[1])
+        kernels.multiply_vector[grid](
             x, out if parts is None else parts, bias, **stored, **sizes.arguments, **arguments
         )
         return _added(parts, out, bias)
@@ -60,9 +61,9 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) -> 
     stored = _padded(stored, sizes)
 
     def run(tile: Tile) -> Tensor:
-        splits, grid, arguments = _shared(tile, sizes, blocks, MATRIX_PROGRAMS * _multiprocessors(x.device))
-        out, parts = _outputs(x, sizes, splits)
-        kernels.multiply_tiles[(*grid, blocks)](
+        grid, arguments = _shared(tile, sizes, blocks, MATRIX_PROGRAMS * _multiprocessors(x.device))
+        out, parts = _outputs(x, sizes, grid[1])
+        kernels.multiply_tiles[grid](
             *(x, out if parts is None else parts, bias),
             **stored,
             **{"tokens": len(x), "TOKENS": block},
@@ -103,8 +104,8 @@ def dequantize(stored: Stored, sizes: LayerSizes) -> Tensor:
     return out
 
 
-def _shared(tile: Tile, sizes: LayerSizes, layers: int, programs: int) -> tuple[int, tuple[int, int], dict[str, Any]]:
-    """Splits, the grid's first two axes and the arguments that go with a tile, to have about `programs` programs."""
+def _shared(tile: Tile, sizes: LayerSizes, layers: int, programs: int) -> tuple[Grid, dict[str, Any]]:
+    """(Row blocks, splits, layers) and the arguments that go with a tile, to have about `programs` programs."""
     rows = tile.rows(sizes.arguments["VP"])
     blocks = -(-sizes.arguments["num_rows"] // rows)
     columns = sizes.arguments["in_features"] - sizes.arguments["outlier_size"]
@@ -113,7 +114,7 @@ def _shared(tile: Tile, sizes: LayerSizes, layers: int, programs: int) -> tuple[
     steps_each = -(-steps // wanted)
     splits = -(-steps // steps_each)  # none without work
     arguments = {"columns_a_split": steps_each * tile.columns, "WHOLE": splits == 1}
-    return splits, (blocks, splits), arguments | {"ROWS": rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+    return (blocks, splits, layers), arguments | {"ROWS": rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
 
 
 def _outputs(x: Tensor, sizes: LayerSizes, splits: int) -> tuple[Tensor, Tensor | None]:

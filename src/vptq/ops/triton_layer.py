@@ -31,7 +31,6 @@ class LayerSizes:
     Attributes:
         arguments: Sizes by parameter name, run-time and compile-time ones, as all kernels take them.
         dtype: The layer's float dtype.
-        key: What of it decides how fast a tile is, for tuning; the dtype, and lookups by their widths.
     """
 
     arguments: dict[str, int]
@@ -39,6 +38,7 @@ class LayerSizes:
 
     @property
     def key(self) -> tuple[object, ...]:
+        """What of it decides how fast a tile is, for tuning."""
         names = ("out_features", "in_features", "V", "BITS", "RESIDUAL_BITS", "entries", "residual_entries")
         return (str(self.dtype).removeprefix("torch."), *(self.arguments[name] for name in names))
 

@@ -38,21 +38,13 @@ def narrow(value, dtype: tl.constexpr):
 @triton.jit
 def as_operand(value, dtype: tl.constexpr):
     """A matrix multiplication's operand; the interpreter cannot multiply bfloat16, float32 holds the same numbers."""
-    if INTERPRETED:
-        result = value.to(tl.float32)
-    else:
-        result = value.to(dtype)
-    return result
+    return value.to(tl.float32) if INTERPRETED else value.to(dtype)
 
 
 @triton.jit
 def unsigned(stored):
     """The value of an index: int16 carries a uint16 bit pattern, wider integers the value."""
-    if stored.dtype == tl.int16:
-        result = stored.to(tl.int32) & 0xFFFF
-    else:
-        result = stored.to(tl.int32)
-    return result
+    return stored.to(tl.int32) & 0xFFFF if stored.dtype == tl.int16 else stored.to(tl.int32)
 
 
 @triton.jit

@@ -7,12 +7,14 @@ never waits for the GPU.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vptq.errors import ConfigError
 from vptq.ops import dense, triton_launch, triton_paths
 from vptq.ops.schemas import check_codebook_form, check_input
 from vptq.ops.triton_layer import layer_sizes, signature
@@ -98,14 +100,29 @@ def multiply(
     if way == triton_paths.DENSE:
         return functional.linear(x, _dequantize(stored, sizes), bias)
     checked = layer_sizes(signature(stored), *sizes)
+    if bias is not None:
+        if bias.shape != (sizes[1],):
+            raise ConfigError(f"the bias has shape {tuple(bias.shape)}; this layer needs ({sizes[1]},)")
+        bias = bias.contiguous()
     flat = x.reshape(-1, sizes[0]).contiguous()
     launch = triton_launch.vector if way == triton_paths.VECTOR else triton_launch.tiles
-    bias = None if bias is None else bias.contiguous()
-    return launch(flat, _pointers(stored), bias, checked).view(*x.shape[:-1], sizes[1])
+    with _current(x.device):
+        y = launch(flat, _pointers(stored), bias, checked)
+    return y.view(*x.shape[:-1], sizes[1])
 
 
 def _dequantize(stored: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int]) -> Tensor:
-    return triton_launch.dequantize(_pointers(stored), layer_sizes(signature(stored), *sizes))
+    assert stored[0] is not None
+    with _current(stored[0].device):
+        return triton_launch.dequantize(_pointers(stored), layer_sizes(signature(stored), *sizes))
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the one that holds the layer."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
 def _pointers(stored: tuple[Tensor | None, ...]) -> triton_launch.Stored:

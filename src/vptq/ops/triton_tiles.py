@@ -60,7 +60,9 @@ Key = tuple[object, ...]
 _chosen: dict[str, Tile] = {}
 
 
-def fastest(kernel: str, key: Key, tiles: tuple[Tile, ...], device: torch.device, run: Callable[[Tile], object]) -> Tile:
+def fastest(
+    kernel: str, key: Key, tiles: tuple[Tile, ...], device: torch.device, run: Callable[[Tile], object]
+) -> Tile:
     """The tile of `tiles` that runs fastest, measured the first time.
 
     Args:
