@@ -112,8 +112,8 @@ def _shaped(tensors: dict[str, Any], name: str, shape: tuple[int, ...], dtypes: 
     if tensors[name] is not None:
         found, dtype = tensors[name]
         allowed = " or ".join(map(str, dtypes))
-        _require(found == shape, f"{name} has shape {found}; this layer needs {shape}")
         _require(dtype in dtypes, f"{name} is {dtype}; it must be {allowed}")
+        _require(found == shape, f"{name} has shape {found}; this layer needs {shape}")
 
 
 def _entries(tensors: dict[str, Any], name: str, groups: int, v: int, dtype: torch.dtype) -> int:
