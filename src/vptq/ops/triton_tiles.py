@@ -46,15 +46,9 @@ class Tile:
 
 
 # First the one that the model of docs/performance.md prefers. Not measured on a GPU.
-VECTOR_TILES = (
-    Tile(64, 64, 4),
-    *(Tile(32, 64, 4), Tile(32, 128, 4), Tile(64, 128, 4), Tile(64, 128, 8), Tile(128, 64, 8)),
-)
-MATRIX_TILES = (
-    Tile(128, 64, 4),
-    *(Tile(64, 64, 4), Tile(64, 128, 4), Tile(128, 32, 4), Tile(128, 64, 8), Tile(128, 64, 8, 3)),
-)
-DENSE_TILES = (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 128, 8), Tile(32, 64, 4))
+VECTOR_TILES = (Tile(64, 64, 4), Tile(32, 128, 4), Tile(64, 128, 4), Tile(128, 64, 8))
+MATRIX_TILES = (Tile(128, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4), Tile(128, 64, 8, 3))
+DENSE_TILES = (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 128, 8))
 
 Key = tuple[object, ...]
 _chosen: dict[str, Tile] = {}
