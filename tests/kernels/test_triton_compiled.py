@@ -45,7 +45,7 @@ def compile(name, target, floats, v, absent):
     return {
         "shared": compiled.metadata.shared,
         "whole vectors": len(re.findall(r"ld\\.global\\S*\\.v4\\.b32", text)),
-        "tensor cores": len(re.findall(r"mma", text)),
+        "tensor cores": len(re.findall("mma|mfma", text)),
     }
 
 print(json.dumps([compile(*case) for case in json.loads(sys.argv[1])]))
