@@ -49,6 +49,13 @@ def test_every_kind_of_index(bits: tuple[int, int], device: str) -> None:
     check_layer(config, torch.float16, device)
 
 
+def test_16_bit_carriers_are_unsigned(device: str) -> None:
+    """Unpacked indices, outlier indices and a permutation beyond 32767."""
+    outliers: dict[str, Any] = {"outlier_size": 2, "outlier_vector_len": 2, "outlier_num_centroids": 65536}
+    check_layer(LayerConfig(34, 16, 2, 65536, is_packed=False, **outliers), torch.float16, device)
+    check_layer(LayerConfig(40000, 1, 1, 4, enable_perm=True), torch.float16, device, tokens=(2,))
+
+
 @pytest.mark.parametrize("vector_len", [1, 2, 3, 4, 6, 10, 12, 16, 40])
 def test_every_vector_length(vector_len: int, device: str) -> None:
     check_layer(dataclasses.replace(FULL, vector_len=vector_len), torch.bfloat16, device)
