@@ -13,6 +13,7 @@ from triton_layers import DEVICES, check_layer, layer_of, multiply
 
 from vptq.config import LayerConfig
 from vptq.ops import triton_paths
+from vptq.packing import to_carrier
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -51,9 +52,13 @@ def test_every_kind_of_index(bits: tuple[int, int], device: str) -> None:
 
 def test_16_bit_carriers_are_unsigned(device: str) -> None:
     """Unpacked indices, outlier indices and a permutation beyond 32767."""
+    from vptq.ops import triton_launch
+
     outliers: dict[str, Any] = {"outlier_size": 2, "outlier_vector_len": 2, "outlier_num_centroids": 65536}
     check_layer(LayerConfig(34, 16, 2, 65536, is_packed=False, **outliers), torch.float16, device)
-    check_layer(LayerConfig(40000, 1, 1, 4, enable_perm=True), torch.float16, device, tokens=(2,))
+    perm, x = torch.randperm(40000), torch.randn(1, 40000)
+    found = triton_launch._reordered(x.to(device), to_carrier(perm).to(device))
+    assert torch.equal(found.cpu(), x[:, perm])
 
 
 @pytest.mark.parametrize("vector_len", [1, 2, 3, 4, 6, 10, 12, 16, 40])
