@@ -25,8 +25,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q $(ARGS)
 
-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+# With the Python that has a torch for this machine's GPU, and no network: what it needs is torch, triton, pytest and
+# hypothesis. Compiling is most of the time, so pytest-xdist is used where it is.
+gpu:
+	PYTHONPATH=src VPTQ_TRITON_TUNE=0 $(PYTHON) -m pytest -q -m gpu tests/kernels/test_triton*.py \
+		$(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

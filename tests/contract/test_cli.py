@@ -178,18 +178,6 @@ def test_info_of_a_published_name(run: Run) -> None:
     assert facts["4096 x 4096"].endswith(f"{true_bits:.3f}")
 
 
-def test_env_names_every_backend_with_a_reason(run: Run) -> None:
-    from vptq.ops import backends
-
-    status, out, _ = run("env")
-    assert status == 0
-    flat = " ".join(out.split())
-    for backend in backends():
-        assert re.search(rf"^{backend.name} +(in use|not used) +\S", out, re.MULTILINE)
-        assert backend.reason.split()[0] in flat
-    assert "torch" in flat
-
-
 def test_a_prompt_is_continued(run: Run, tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     status, out, _ = run("--model", tiny_model_folder, "--prompt", "ba de fi")
     assert status == 0

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 REPORT = """
 import dataclasses, json, logging, sys
 if sys.argv[1] == "without":
     sys.modules["vptq._C"] = None  # importing it fails, as where it was never built
+if sys.argv[1] == "without triton":
+    import importlib.util
+    importlib.util.find_spec = lambda name, found=importlib.util.find_spec: None if name == "triton" else found(name)
 from vptq import ops
 import torch
 caught = []
@@ -31,7 +36,7 @@ print(json.dumps({
 
 
 def report(extension: str, backend: str | None, required: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if "VPTQ" not in key}
+    environment = {key: value for key, value in os.environ.items() if "VPTQ" not in key and "TRITON" not in key}
     if backend is not None:
         environment["VPTQ_BACKEND"] = backend
     if required is not None:
@@ -73,13 +78,22 @@ def test_missing_extension_is_told_once_with_the_remedy() -> None:
     [
         ("fast", "VPTQ_BACKEND is 'fast'; choose one of reference, cpu, triton, or leave it unset"),
         ("cpu", "VPTQ_BACKEND=cpu, but the C++ kernels are not usable"),
-        ("triton", "VPTQ_BACKEND=triton, but this version has no Triton kernels"),
+        pytest.param(
+            "triton",
+            "VPTQ_BACKEND=triton, but there is no GPU that this torch can use; TRITON_INTERPRET=1 runs",
+            marks=pytest.mark.skipif(torch.cuda.is_available() or not find_spec("triton"), reason="needs no GPU"),
+        ),
     ],
 )
 def test_a_backend_that_cannot_be_used_is_an_error(backend: str, said: str) -> None:
     result = report("without", backend)
     assert result.returncode == 1
     assert f"BackendError: {said}" in result.stderr.splitlines()[-1]
+
+
+def test_a_missing_triton_is_told_with_the_remedy() -> None:
+    said = "BackendError: VPTQ_BACKEND=triton, but Triton is not installed; pip install triton"
+    assert said in report("without triton", "triton").stderr.splitlines()[-1]
 
 
 def test_a_required_backend() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
 
 from vptq.cli.console import facts, file_size, output, plain_table
 
@@ -21,10 +25,16 @@ PACKAGES = (
 )
 
 
-def env() -> None:
+def env(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A quantized folder, to show which kernel serves which of its layers."),
+    ] = None,
+) -> None:
     """Show versions, devices, and kernels, and why each is used."""
     import vptq
 
+    served = None if folder is None else _served(folder)
     console = output()
     console.print(facts({"vptq": vptq.__version__, "python": platform.python_version(), "system": platform.platform()}))
     console.print()
@@ -40,6 +50,32 @@ def env() -> None:
         state = "[green]in use[/green]" if backend.active else "[yellow]not used[/yellow]"
         table.add_row(backend.name, state, backend.reason)
     console.print(table)
+    if served is not None:
+        console.print()
+        console.print(served)
+
+
+def _served(folder: Path) -> Table:
+    """A folder's layers by kind, and the kernels for each kind by the number of tokens."""
+    from vptq.checkpoint import Checkpoint
+    from vptq.cli.info import form
+    from vptq.ops.serving import serving
+
+    checkpoint = Checkpoint.open(folder.expanduser())
+    kinds: dict[str, list[str]] = {}
+    ways = {}
+    for name, layer in checkpoint.layers().items():
+        dtype = checkpoint.headers[f"{name}.centroids.weight"].dtype
+        kind = f"{form(layer)}, {str(dtype).removeprefix('torch.')}"
+        kinds.setdefault(kind, []).append(name)
+        ways[kind] = serving(layer, dtype)
+    table = plain_table("layers", "count", "tokens", "kernel", "why")
+    for column in table.columns[3:]:
+        column.justify = "left"
+    for kind, names in kinds.items():
+        for row, way in enumerate(ways[kind]):
+            table.add_row(*((kind, str(len(names))) if row == 0 else ("", "")), *way)
+    return table
 
 
 def _version(package: str, purpose: str) -> str:

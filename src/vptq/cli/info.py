@@ -117,7 +117,7 @@ def _folder_facts(checkpoint: Checkpoint, layers: Mapping[str, LayerConfig], rep
     rows = {
         "folder": str(checkpoint.folder),
         "layers": f"{len(layers)} quantized, {weights:,} weights",
-        "codebooks": "; ".join(f"{count} x {form}" for form, count in _forms(layers).items()),
+        "codebooks": "; ".join(f"{count} x {words}" for words, count in _forms(layers).items()),
         "bits per weight": f"{stored / weights:.3f}" if weights else "no quantized weights",
         "linear layers": f"{file_size(stored / 8)}, {file_size(2 * weights)} in 16 bits",
         "files": file_size(files),
@@ -135,12 +135,13 @@ def _forms(layers: Mapping[str, LayerConfig]) -> dict[str, int]:
     """How many layers have the same codebooks, by a short description of those."""
     forms: dict[str, int] = {}
     for layer in layers.values():
-        form = _form(layer)
-        forms[form] = forms.get(form, 0) + 1
+        words = form(layer)
+        forms[words] = forms.get(words, 0) + 1
     return forms
 
 
-def _form(layer: LayerConfig) -> str:
+def form(layer: LayerConfig) -> str:
+    """The codebooks and options of a layer in a few words."""
     parts = [f"v{layer.vector_len}-k{layer.num_centroids}"]
     if layer.has_residual:
         parts.append(str(layer.num_residual_centroids))
@@ -166,7 +167,7 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
     )
     for name, layer in sorted(layers.items(), key=lambda item: _by_number(item[0])):
         cells = [name, f"{layer.out_features} x {layer.in_features}"]
-        cells += [_form(layer)] if mixed else []
+        cells += [form(layer)] if mixed else []
         cells += [file_size(layer.stored_bits / 8), f"{layer.bits_per_weight:.3f}"]
         if losses:
             cells.append(f"{losses[name]:.3%}" if name in losses else "")

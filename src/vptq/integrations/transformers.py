@@ -29,6 +29,7 @@ from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, ConfigError
 from vptq.integrations.matching import LayerMatch, match_layers
 from vptq.integrations.offload import index_tensors, is_offloaded, keep_layers_whole
+from vptq.integrations.precision import check_fits, dtype_for
 from vptq.linear import VQuantLinear
 from vptq.weight import check_indices, normalize
 
@@ -78,6 +79,19 @@ class VptqHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._matches: list[LayerMatch] = []
         self._dtype = torch.get_default_dtype()
+        self._device_map: Any = None
+        self._narrowed = False
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Remembers it for `update_dtype`."""
+        self._device_map = device_map
+        return device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16 instead of bfloat16 on a GPU that has only the former."""
+        found = dtype_for(dtype, self._device_map)
+        self._narrowed = found != dtype
+        return found
 
     def _process_model_before_weight_loading(
         self,
@@ -110,6 +124,8 @@ class VptqHfQuantizer(HfQuantizer):
             _settle_dtypes(layer, match, self._dtype)
             check_indices(match.config, index_tensors(layer), match.stored_path)
             layer.requires_grad_(False)  # the loader makes every float a trainable parameter
+        if self._narrowed:
+            check_fits(model)
         self.quantization_config.store(
             QuantConfig(
                 layers={match.stored_path: match.config for match in self._matches},

@@ -17,7 +17,7 @@ __all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear"
 
 tell_when_missed(
     {"linear": dense.linear, "nearest": search.nearest, "assign_columns": columns.assign_columns}
-)  # dequantize has no other implementation
+)  # dequantize has no other implementation on a CPU, and linear tells for it elsewhere
 
 
 def dequantize(

@@ -2,7 +2,8 @@
 
 A backend is a set of kernels registered for a device: loading it is choosing it, and the dispatcher does the rest.
 `VPTQ_BACKEND` is therefore read once, when the operators are first imported: `reference` loads no kernels, `cpu` or
-`triton` load and insist on theirs, and without it everything that loads is used. A fast path that should be there and
+`triton` load and insist on theirs, and without it everything that loads is used. Triton itself is imported by the first
+call on a GPU, since it takes a while and a CPU has no use for it. A fast path that should be there and
 is not is told once, by name, with the remedy, when it is first missed; `VPTQ_REQUIRE_BACKEND=cpu` makes that an error
 at once.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ ENVIRONMENT_VARIABLE = "VPTQ_BACKEND"
 REQUIRED_VARIABLE = "VPTQ_REQUIRE_BACKEND"
 CHOICES = ("reference", "cpu", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+TRITON_OPERATORS = ("dequantize", "linear")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,42 @@ def _load_cpu() -> BackendStatus:
 
 
 def _load_triton() -> BackendStatus:
-    return BackendStatus("triton", False, False, "this version has no Triton kernels; GPUs run the reference")
+    if find_spec("triton") is None:
+        return BackendStatus("triton", False, False, "Triton is not installed; pip install triton")
+    key, where = _triton_device()
+    if not key:
+        return BackendStatus("triton", False, False, where)
+    for name in TRITON_OPERATORS:
+        LIBRARY.impl(name, _first_imported("vptq.ops.triton_ops", name), key)
+    return BackendStatus("triton", True, True, f"Triton kernels on {where} for {_covered(key)}")
+
+
+def _triton_device() -> tuple[str, str]:
+    """The dispatch key of the devices that Triton serves here and their name; no key, and why, where there are none.
+
+    Counting devices starts no context on them.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if os.environ.get(ENVIRONMENT_VARIABLE) == "triton":
+            return "CPU", "the CPU, interpreted (slowly)"
+        return "", f"TRITON_INTERPRET=1 without {ENVIRONMENT_VARIABLE}=triton"
+    if torch.cuda.device_count():
+        return "CUDA", "ROCm" if torch.version.hip else "CUDA"
+    if torch.xpu.device_count():
+        return "XPU", "XPU"
+    return "", "there is no GPU that this torch can use; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+
+
+def _first_imported(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when first called."""
+    found: list[Callable[..., Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        if not found:
+            found.append(getattr(import_module(module), name))
+        return found[0](*arguments)
+
+    return call
 
 
 def _covered(dispatch_key: str) -> str:

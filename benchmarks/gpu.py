@@ -1,0 +1,231 @@
+"""GPU inference: the layers of Llama-2-7B and 70B by the Triton kernels, beside PyTorch's float16 `linear`.
+
+    python benchmarks/gpu.py [--seconds 300] [--configs v8-k4096,...] [--tokens 1,2,...] [--json FILE]
+
+For every config, shape and number of tokens all three ways of `vptq.ops.triton_paths` are timed, so that the table also
+says where they cross and what its constants should be. A call is replayed from a CUDA graph, as a serving stack would,
+with the second-level cache flushed before it, as the other layers of a model do; times are medians. What a call costs
+outside a graph, Python included, is told for one layer. Codebooks and indices are random, the worst case for caches.
+
+Kernels are compiled first, by several processes at once. When the time is over the rest is left out, by name. One line
+of JSON comes last; it is also written to benchmarks/results/gpu-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vptq.linear import VQuantLinear
+from vptq.ops import triton_paths
+from vptq.spec import QuantSpec
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ("v8-k256-256", "v8-k4096", "v6-k4096", "v8-k65536", "v8-k65536-256")
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+WAYS = (triton_paths.VECTOR, triton_paths.TILES, triton_paths.DENSE)
+# out x in; 7B first, because what comes last may be left out.
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672))
+VECTOR_LIMIT = 8
+"""Tokens from which on one at a time is not worth timing."""
+
+
+def random_layer(name: str, shape: tuple[int, int]) -> VQuantLinear:
+    """Random codebooks, and index bits that are uniform."""
+    layer = VQuantLinear.from_config(QuantSpec.parse(name).for_layer(shape[1], shape[0], False), torch.float16, "cuda")
+    for tensor_name, parameter in layer.named_parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data.normal_(std=0.02)
+        elif tensor_name == "indices":
+            parameter.data.random_(-(2**31), 2**31 - 1)
+        else:
+            parameter.data.copy_(torch.randperm(shape[1]))
+    return layer
+
+
+def run(way: str, layer: VQuantLinear, x: Tensor) -> Tensor:
+    from vptq.ops import triton_ops
+
+    return triton_ops.multiply(way, x, layer._stored(), layer.bias, layer._sizes)
+
+
+def compile_tile(job: tuple[str, str, int]) -> None:
+    """In a process of its own: has Triton compile a way's kernels of one config with one of their tiles."""
+    name, way, number = job
+    from vptq.ops import triton_launch
+
+    triton_launch.fastest = lambda kernel, key, tiles, device, run: tiles[min(number, len(tiles) - 1)]
+    for shape in SHAPES[:2]:
+        layer = random_layer(name, shape)
+        for tokens in (1, 16, 64) if way == triton_paths.TILES else (1,):
+            try:
+                run(way, layer, torch.zeros(tokens, shape[1], dtype=torch.float16, device="cuda"))
+            except Exception as error:  # a tile too large for this GPU: the tuner will pass it over
+                print(f"{name} {way} tile {number}: {error}", file=sys.stderr)
+
+
+def compile_all(configs: list[str]) -> float:
+    from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES
+
+    sizes = dict(zip(WAYS, map(len, (VECTOR_TILES, MATRIX_TILES, DENSE_TILES)), strict=True))
+    jobs = [(name, way, number) for way in WAYS for number in range(sizes[way]) for name in configs]
+    began = time.monotonic()
+    workers = min(12, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_tile, jobs))
+    return time.monotonic() - began
+
+
+def microseconds(work: Any) -> float:
+    """Median time of a CUDA graph that holds one call, its data cold."""
+    import triton
+
+    work()  # tunes, compiles, allocates
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return 1e3 * float(triton.testing.do_bench(graph.replay, warmup=2, rep=15, return_mode="median"))
+
+
+def eager_microseconds(layer: VQuantLinear, calls: int = 200) -> float:
+    """Time of a call at one token without a graph: launches and Python, however fast the GPU is."""
+    x = torch.randn(1, layer.in_features, dtype=torch.float16, device="cuda")
+    for _ in range(10):
+        layer(x)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        layer(x)
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - began) / calls
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy on the device, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2e6 * source.numel() / microseconds(lambda: target.copy_(source))
+
+
+def measure(name: str, shape: tuple[int, int], tokens: tuple[int, ...], fp16: dict[int, float]) -> list[dict[str, Any]]:
+    layer, rows = random_layer(name, shape), []
+    stored = sum(parameter.nbytes for parameter in layer.parameters())
+    for count in tokens:
+        x = torch.randn(count, shape[1], dtype=torch.float16, device="cuda")
+        ways = [way for way in WAYS if way != triton_paths.VECTOR or count <= VECTOR_LIMIT]
+        times = {way: microseconds(partial(run, way, layer, x)) for way in ways}
+        served = triton_paths.choose(count)
+        rows.append(
+            {
+                "config": name,
+                "shape": f"{shape[0]}x{shape[1]}",
+                "tokens": count,
+                "microseconds": times,
+                "served": served,
+                "fp16_microseconds": fp16[count],
+                "times_fp16": fp16[count] / times[served],
+                "gb_per_second": stored / times[served] / 1e3,
+            }
+        )
+        ours = "  ".join(f"{way} {times[way]:8.1f}" if way in times else f"{way}        -" for way in WAYS)
+        print(
+            f"{name:14} {shape[0]:6}x{shape[1]:<6} {count:4}  {ours}  fp16 {fp16[count]:8.1f} us"
+            f"  {rows[-1]['times_fp16']:5.2f} x fp16 ({served})",
+            flush=True,
+        )
+    return rows
+
+
+def crossovers(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """For the constants of `triton_paths`: the most tokens at which a way, or one before it, is fastest in total."""
+    fastest = {}
+    for count in sorted({row["tokens"] for row in rows}):
+        some = [row["microseconds"] for row in rows if row["tokens"] == count]
+        totals = {way: sum(times[way] for times in some) for way in WAYS if all(way in times for times in some)}
+        fastest[count] = min(totals, key=lambda way: totals[way])
+    vector = [count for count, way in fastest.items() if way == triton_paths.VECTOR]
+    tiles = [count for count, way in fastest.items() if way != triton_paths.DENSE]
+    return {"VECTOR_TOKENS": max(vector, default=0), "TILE_TOKENS": max(tiles, default=0)}
+
+
+def commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="after so long, start nothing new")
+    parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--json", type=Path, help="instead of benchmarks/results/gpu-NAME.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, began = parse(), time.monotonic()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a GPU that PyTorch can use; there is none here")
+    configs = arguments.configs.split(",")
+    tokens = tuple(int(count) for count in arguments.tokens.split(","))
+    import triton
+
+    from vptq.ops import triton_tiles
+
+    result: dict[str, Any] = {
+        "benchmark": "gpu",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "commit": commit(),
+        "crossovers_used": {"VECTOR_TOKENS": triton_paths.VECTOR_TOKENS, "TILE_TOKENS": triton_paths.TILE_TOKENS},
+        "compile_seconds": compile_all(configs),
+    }
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    with torch.inference_mode():
+        result["bandwidth_gb_per_second"] = bandwidth() / 1e9
+        result["eager_microseconds"] = {name: eager_microseconds(random_layer(name, SHAPES[0])) for name in configs}
+        for shape in SHAPES:
+            weight = torch.randn(shape, dtype=torch.float16, device="cuda") * 0.02
+            inputs = {count: torch.randn(count, shape[1], dtype=torch.float16, device="cuda") for count in tokens}
+            fp16 = {count: microseconds(partial(functional.linear, x, weight)) for count, x in inputs.items()}
+            for name in configs:
+                if time.monotonic() - began > arguments.seconds:
+                    left_out.append(f"{name} {shape[0]}x{shape[1]}")
+                else:
+                    rows += measure(name, shape, tokens, fp16)
+    result |= {"rows": rows, "left_out": left_out, "crossovers_measured": crossovers(rows)}
+    result["tiles"] = {key: str(tile) for key, tile in triton_tiles._chosen.items()}
+    for name, seconds in result["eager_microseconds"].items():
+        print(f"{name:14} one token, {SHAPES[0][0]}x{SHAPES[0][1]}, outside a graph: {seconds:.0f} us a call")
+    print(f"fastest ways: {result['crossovers_measured']}, in use: {result['crossovers_used']}")
+    if left_out:
+        print(f"left out, the time was over: {', '.join(left_out)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

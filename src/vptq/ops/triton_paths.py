@@ -1,0 +1,59 @@
+"""Which way a layer is multiplied on a GPU: the crossovers, in one place, without Triton.
+
+Three ways. "vector": a kernel for one token that sums in float32 registers. "tiles": tensor cores multiply each tile of
+the weight as it is looked up; the lookups, which bind, are paid once for all tokens of a block. "dense": dequantize
+once, then the vendor's matrix multiplication. PyTorch's own code is a fourth, for what the kernels do not take.
+
+The crossovers follow from a model (docs/performance.md) and were not measured on a GPU. `make gpu` times all three and
+says where they cross; these constants are the place for what it finds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+VECTOR_TOKENS = 1
+"""Up to so many tokens are multiplied one by one."""
+TILE_TOKENS = 64
+"""Up to so many go through tiles: the most that one block of tokens holds, so that nothing is looked up twice."""
+MAX_VECTOR_LEN = 64
+"""Longer vectors do not fit a tile."""
+
+VECTOR, TILES, DENSE, TORCH = "vector", "tiles", "dense", "torch"
+
+
+def choose(tokens: int) -> str:
+    """The way for so many tokens, of a layer that the kernels take."""
+    return VECTOR if tokens <= VECTOR_TOKENS else TILES if tokens <= TILE_TOKENS else DENSE
+
+
+def obstacle(vector_len: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> str:
+    """Why the kernels cannot take a layer; empty where they can.
+
+    Args:
+        vector_len: v.
+        dtype: The layer's float dtype.
+        capability: An NVIDIA GPU's compute capability; None for other devices.
+    """
+    if vector_len > MAX_VECTOR_LEN:
+        return f"vectors of {vector_len} do not fit a tile (at most {MAX_VECTOR_LEN})"
+    if capability is not None and capability < (7, 5):
+        return f"Triton does not compile for compute capability {capability[0]}.{capability[1]} (7.5 or newer)"
+    if capability is not None and capability < (8, 0) and dtype == torch.bfloat16:
+        return f"compute capability {capability[0]}.{capability[1]} has no bfloat16; load with dtype=torch.float16"
+    return ""
+
+
+def describe(vector_len: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[tuple[str, str, str]]:
+    """Tokens, way and reason, for people to read."""
+    if why := obstacle(vector_len, dtype, capability):
+        return [("any", TORCH, why)]
+    return [
+        (_span(1, VECTOR_TOKENS), VECTOR, "float32 sums, columns shared by programs"),
+        (_span(VECTOR_TOKENS + 1, TILE_TOKENS), TILES, "one lookup serves all tokens, tensor cores multiply"),
+        (f"{TILE_TOKENS + 1} or more", DENSE, "dequantize once, then the vendor's matrix multiplication"),
+    ]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"

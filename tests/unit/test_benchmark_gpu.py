@@ -1,0 +1,70 @@
+"""benchmarks/gpu.py without a GPU: what it refuses, and that what it derives from times is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from random_layers import random_weight
+
+from vptq.linear import VQuantLinear
+from vptq.spec import QuantSpec
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        gpu.main()
+
+
+def test_rows_compare_the_way_that_serves_with_float16(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QuantSpec.parse("v8-k16").for_layer(24, 40, False)
+    layer = VQuantLinear.from_weight(random_weight(config, torch.float16), torch.float16)
+    took = {"vector": 2.0, "tiles": 4.0, "dense": 8.0}
+    monkeypatch.setattr(gpu, "random_layer", lambda name, shape: layer)
+    monkeypatch.setattr(gpu, "run", lambda way, layer, x: took[way])
+    monkeypatch.setattr(gpu, "microseconds", lambda work: work())
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device, **rest: randn(*size, **rest))
+    rows = gpu.measure("v8-k16", (40, 24), (1, 16, 512), {1: 10.0, 16: 12.0, 512: 80.0})
+    assert [(row["served"], row["times_fp16"]) for row in rows] == [("vector", 5.0), ("tiles", 3.0), ("dense", 10.0)]
+    assert [sorted(row["microseconds"]) for row in rows] == [["dense", "tiles", "vector"], *[["dense", "tiles"]] * 2]
+    stored = sum(parameter.nbytes for parameter in layer.parameters())
+    assert rows[0]["gb_per_second"] == pytest.approx(stored / 2e-6 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "expected"),
+    [
+        ({1: "vector", 2: "tiles", 64: "tiles", 512: "dense"}, (1, 64)),
+        ({1: "vector", 2: "vector", 64: "dense", 512: "dense"}, (2, 2)),
+        ({1: "tiles", 2: "tiles", 64: "tiles", 512: "tiles"}, (0, 512)),
+    ],
+)
+def test_crossovers_are_where_the_sum_of_all_rows_turns(
+    gpu: ModuleType, fastest: dict[int, str], expected: tuple[int, int]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for tokens, best in fastest.items():
+        times = {way: 1.0 if way == best else 3.0 for way in gpu.WAYS if way != "vector" or tokens <= 8}
+        other = dict.fromkeys(times, 2.0)  # a layer with no preference changes nothing
+        rows += [{"tokens": tokens, "microseconds": times}, {"tokens": tokens, "microseconds": other}]
+    assert tuple(gpu.crossovers(rows).values()) == expected
