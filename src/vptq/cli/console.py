@@ -72,14 +72,14 @@ def check_json_file(path: Path | None) -> None:
         raise ConfigError(f"--json {path} is no file in a folder that exists; choose another")
 
 
-def write_json_file(data: Mapping[str, Any], path: Path) -> None:
-    """Writes what --json asks for, under a temporary name first; ConfigError where that cannot be done."""
+def write_json_file(data: Mapping[str, Any], path: Path, option: str = "--json") -> None:
+    """Writes what an option asks for, under a temporary name first; ConfigError where that cannot be done."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise ConfigError(f"cannot write --json {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {option} {path}: {error.strerror}") from error
 
 
 def file_size(count: float) -> str:
