@@ -168,8 +168,12 @@ class Terminal:
         before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return before
 
-    def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def status(self, seconds: float = 300) -> int:
+        ends = time.monotonic() + seconds
+        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+            assert time.monotonic() < ends, "it does not end"
+            time.sleep(0.1)
+        return os.waitstatus_to_exitcode(done[1])
 
 
 @pytest.fixture
@@ -196,9 +200,9 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_arrows_bring_lines_back(termi
     terminal.type("/params max_new_tokens=2\r")
     terminal.wait_for("You: ")
     terminal.type(f"{up}{up}{left}{left}ku \r")  # "ba de fi" again, with a word put in before the last
-    terminal.wait_for(r"2 tokens \|")
+    terminal.wait_for(r"2 tokens \|.*You: ")
     terminal.type(f"/save {tmp_path}/said.json\r")
-    terminal.wait_for("2 turns saved")
+    terminal.wait_for("2 turns saved.*You: ")
     terminal.type(ctrl_d)
     assert terminal.status() == 0
     said = [message["content"] for message in json.loads((tmp_path / "said.json").read_text())["messages"]]
