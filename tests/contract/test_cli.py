@@ -39,6 +39,10 @@ PROMISED = {
     },
     "info": {"--layers", "--no-layers"},
     "chat": {"--tokenizer", "--system", "--codebook-form", "--device", "--dtype"},
+    "bench": {
+        *("--reference", "--prompt-tokens", "--tokens", "--rounds", "--threads", "--codebook-form", "--json"),
+        *("--device", "--dtype"),
+    },
     "env": set(),
 }
 
@@ -93,6 +97,7 @@ def test_the_readme_shows_every_command() -> None:
         (["eval", "model", "--tasks", "piqa", "--batch-size", "0"], "--batch-size"),
         (["eval", "model", "--tasks", " , "], "--tasks"),
         (["chat"], "MODEL"),
+        (["bench", "model", "--tokens", "1"], "--tokens"),
         (["info"], "SPEC"),
     ],
 )
@@ -134,6 +139,9 @@ def test_wrong_usage_exits_with_2(
         (["info", "MODEL"], "not a quantized model"),
         (["--model", "./missing"], "no model at ./missing"),
         (["chat", "./missing"], "no model at ./missing"),
+        (["bench", "./missing"], "no model at ./missing"),
+        (["bench", "MODEL", "--prompt-tokens", "250"], "do not fit the context"),
+        (["bench", "MODEL", "--json", "no/such/folder/file.json"], "--json"),
         (["--model", "MODEL", "--codebook-form", "int4"], "allowed are exact and int8"),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import chat, env, evaluate, finetune, generate, info, plan, quantize
+from vptq.cli import bench, chat, env, evaluate, finetune, generate, info, plan, quantize
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -34,6 +34,7 @@ app.command("plan")(plan.plan)
 app.command("finetune")(finetune.finetune)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 app.command("env")(env.env)
 
