@@ -37,12 +37,13 @@ PROMISED = {
         *("--bits", "--size", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--dtype", "--json"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
     },
-    "info": {"--layers", "--no-layers"},
+    "info": {"--layers", "--no-layers", "--indices", "--picture"},
     "chat": {"--tokenizer", "--system", "--codebook-form", "--device", "--dtype"},
     "bench": {
         *("--reference", "--prompt-tokens", "--tokens", "--rounds", "--threads", "--codebook-form", "--json"),
         *("--device", "--dtype"),
     },
+    "compare": {"-o", "--output", "--json"},
     "env": set(),
 }
 
@@ -98,6 +99,8 @@ def test_the_readme_shows_every_command() -> None:
         (["eval", "model", "--tasks", " , "], "--tasks"),
         (["chat"], "MODEL"),
         (["bench", "model", "--tokens", "1"], "--tokens"),
+        (["compare"], "DIR"),
+        (["info", "model", "--picture", "x.png"], "--picture"),
         (["info"], "SPEC"),
     ],
 )
@@ -142,6 +145,11 @@ def test_wrong_usage_exits_with_2(
         (["bench", "./missing"], "no model at ./missing"),
         (["bench", "MODEL", "--prompt-tokens", "250"], "do not fit the context"),
         (["bench", "MODEL", "--json", "no/such/folder/file.json"], "--json"),
+        (["compare", "./missing"], "no folder missing"),
+        (["compare", "MODEL"], "not a quantized model"),
+        (["compare", "MODEL", "-o", "no/such/folder/picture.png"], "--output"),
+        (["info", "MODEL", "--indices"], "not a quantized model"),
+        (["info", "v8-k256", "--indices"], "--indices"),
         (["--model", "MODEL", "--codebook-form", "int4"], "allowed are exact and int8"),
     ],
 )

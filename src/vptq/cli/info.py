@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vptq.cli.console import facts, file_size, output, plain_table
+from vptq.cli.console import check_picture_file, facts, file_size, output, plain_table
+from vptq.cli.index_use import show_index_use
 from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +34,29 @@ def info(
         ),
     ],
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Show a folder's table of layers.")] = True,
+    indices: Annotated[
+        bool, typer.Option("--indices", help="Show instead how often a folder's centroids are used, and which never.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw what --indices shows to this file (PNG).")
+    ] = None,
 ) -> None:
     """Show bits, size and codebooks of a folder, name or spec."""
+    if picture is not None:
+        if not indices:
+            raise typer.BadParameter("it draws what --indices shows; give both", param_hint="--picture")
+        check_picture_file(picture, "--picture")
     folder = Path(target).expanduser()
+    if folder.is_dir() and indices:
+        show_index_use(folder, picture)
+        return
     if folder.is_dir():
         _show_folder(folder, layers)
         return
     if target.startswith((".", "/", "~")):
         raise ConfigError(f"there is no folder {target}; give a quantized folder, a model's name or a spec")
+    if indices:
+        raise ConfigError(f"--indices counts those of a quantized folder, and there is none at {target}")
     from vptq.spec import QuantSpec
 
     _show_spec(QuantSpec.parse(target), target)
