@@ -15,7 +15,6 @@ from vptq.evaluate.compare import compare
 from vptq.evaluate.indices import CodebookUse, codebook_uses
 from vptq.evaluate.plot import draw_index_use
 
-
 # Codebooks with more entries than the small layers can use, so that some are dead.
 KINDS: tuple[dict[str, Any], ...] = (
     {"vector_len": 8, "num_centroids": 512, "num_residual_centroids": 8},
@@ -72,7 +71,7 @@ def test_the_table_names_the_dead_and_the_picture_is_drawn(
             group, centroid = use.dead[0]
             name = f"{group}:{centroid}" if use.counts.shape[0] > 1 else str(centroid)
             assert re.search(rf" {len(use.dead)} +{name}(,| *$)", row)
-    assert f"{sum(len(use.dead) for use in uses)} of " in out
+    assert f"{sum(len(use.dead) for use in uses):,} of " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -100,6 +100,11 @@ def _check_file(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path} is no file in a folder that exists; choose another")
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10: config.json is sorted by letters."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def file_size(count: float) -> str:
     """Bytes for people, in decimal units as disks and hubs count them."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from vptq.cli.console import output, plain_table, write_file
+from vptq.cli.console import by_number, output, plain_table, write_file
 
 if TYPE_CHECKING:
     from vptq.evaluate.indices import CodebookUse
@@ -26,7 +26,7 @@ def show_index_use(folder: Path, picture: Path | None) -> None:
     from vptq.checkpoint import Checkpoint
     from vptq.evaluate.indices import codebook_uses
 
-    uses = list(codebook_uses(Checkpoint.open(folder)))
+    uses = sorted(codebook_uses(Checkpoint.open(folder)), key=lambda use: by_number(use.layer))
     console = output()
     console.print(_table(uses))
     console.print()
@@ -46,13 +46,17 @@ def show_index_use(folder: Path, picture: Path | None) -> None:
 
 
 def _table(uses: list[CodebookUse]) -> Table:
-    table = plain_table("layer", "codebook", "entries", "index bits", "entropy", "most used", "dead", "which")
+    # Columns that are empty in every row only take room away from the names.
+    some_dead = any(use.dead for use in uses)
+    table = plain_table(
+        "layer", "codebook", "entries", "entropy", "most used", *(("dead", "which") if some_dead else ())
+    )
     for use in uses:
         dead = use.dead
-        table.add_row(
-            *(use.layer, use.codebook, f"{use.counts.numel():,}", f"{use.index_bits:g}", f"{use.entropy:.2f}"),
-            *(f"{use.counts.max().item():,} x", f"{len(dead):,}" if dead else "", _listed(dead, use.counts.shape[0])),
-        )
+        cells = [use.codebook, f"{use.counts.numel():,}", f"{use.entropy:.2f} of {use.index_bits:g}"]
+        cells.append(f"{use.counts.max().item():,} x")
+        cells += [f"{len(dead):,}" if dead else "", _listed(dead, use.counts.shape[0])] if some_dead else []
+        table.add_row(use.layer, *cells)
     return table
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vptq.cli.console import check_picture_file, facts, file_size, output, plain_table
+from vptq.cli.console import by_number, check_picture_file, facts, file_size, output, plain_table
 from vptq.cli.index_use import show_index_use
 from vptq.errors import ConfigError
 
@@ -180,7 +180,7 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
         *("size", "bits"),
         *(["proxy loss"] if losses else []),
     )
-    for name, layer in sorted(layers.items(), key=lambda item: _by_number(item[0])):
+    for name, layer in sorted(layers.items(), key=lambda item: by_number(item[0])):
         cells = [name, f"{layer.out_features} x {layer.in_features}"]
         cells += [_form(layer)] if mixed else []
         cells += [file_size(layer.stored_bits / 8), f"{layer.bits_per_weight:.3f}"]
@@ -188,8 +188,3 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
             cells.append(f"{losses[name]:.3%}" if name in losses else "")
         table.add_row(*cells)
     return table
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.2 before layers.10: config.json is sorted by letters."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
