@@ -1,6 +1,5 @@
 """The command line keeps its promises: options, help, exit status, one line per error."""
 
-import io
 import re
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import typer.main
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vptq.cli import app, generate
+from vptq.cli import app
 
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS: Any = typer.main.get_command(app)
@@ -39,7 +38,13 @@ PROMISED = {
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
         "--lm-head",
     },
-    "info": {"--layers", "--no-layers"},
+    "info": {"--layers", "--no-layers", "--indices", "--picture"},
+    "chat": {"--tokenizer", "--system", "--codebook-form", "--device", "--dtype"},
+    "bench": {
+        *("--reference", "--prompt-tokens", "--tokens", "--rounds", "--threads", "--codebook-form", "--json"),
+        *("--device", "--dtype"),
+    },
+    "compare": {"-o", "--output", "--json"},
     "env": set(),
 }
 
@@ -93,6 +98,10 @@ def test_the_readme_shows_every_command() -> None:
         (["eval", "model", "--tasks", "piqa", "--limit", "0"], "--limit"),
         (["eval", "model", "--tasks", "piqa", "--batch-size", "0"], "--batch-size"),
         (["eval", "model", "--tasks", " , "], "--tasks"),
+        (["chat"], "MODEL"),
+        (["bench", "model", "--tokens", "1"], "--tokens"),
+        (["compare"], "DIR"),
+        (["info", "model", "--picture", "x.png"], "--picture"),
         (["info"], "SPEC"),
     ],
 )
@@ -133,6 +142,15 @@ def test_wrong_usage_exits_with_2(
         (["info", "Llama-3-8B"], "not a quantization spec"),
         (["info", "MODEL"], "not a quantized model"),
         (["--model", "./missing"], "no model at ./missing"),
+        (["chat", "./missing"], "no model at ./missing"),
+        (["bench", "./missing"], "no model at ./missing"),
+        (["bench", "MODEL", "--prompt-tokens", "250"], "do not fit the context"),
+        (["bench", "MODEL", "--json", "no/such/folder/file.json"], "--json"),
+        (["compare", "./missing"], "no folder missing"),
+        (["compare", "MODEL"], "not a quantized model"),
+        (["compare", "MODEL", "-o", "no/such/folder/picture.png"], "--output"),
+        (["info", "MODEL", "--indices"], "not a quantized model"),
+        (["info", "v8-k256", "--indices"], "--indices"),
         (["--model", "MODEL", "--codebook-form", "int4"], "allowed are exact and int8"),
     ],
 )
@@ -193,66 +211,6 @@ def test_the_module_runs_the_same_commands(tiny_model_folder: Path) -> None:
     )
     assert done.returncode == 0
     assert "256 centroids" in done.stdout
-
-
-@pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The text of every model input from here on."""
-    seen: list[str] = []
-    stream = generate._stream
-
-    def spy(model: Any, tokenizer: Any, inputs: Any, *args: Any, **settings: Any) -> str:
-        seen.append(tokenizer.decode(inputs["input_ids"][0]))
-        return stream(model, tokenizer, inputs, 4, **{**settings, "do_sample": False})
-
-    monkeypatch.setattr(generate, "_stream", spy)
-    return seen
-
-
-@pytest.mark.parametrize("end", ["exit\n", "\n", ""])
-def test_chat_remembers_and_ends(
-    end: str, run: Run, tiny_model_folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"ba de\nfi go\n{end}"))
-    status, out, _ = run("--model", tiny_model_folder, "--chat", "--chat-system-prompt", "ku ku")
-    assert status == 0
-    assert len(prompts) == 2
-    assert out.count("You: ") == 3
-    unknown_role = "<unk>"  # the tiny vocabulary has no words for the roles
-    assert prompts[0].split() == f"<s> {unknown_role} ku ku </s> <s> {unknown_role} ba de </s> <s>".split()
-    assert prompts[1].startswith(prompts[0].removesuffix("<s>").strip())
-    assert prompts[1].split()[-6:] == f"<s> {unknown_role} fi go </s> <s>".split()
-    assert prompts[1].count(unknown_role) >= 4, "the reply is part of the conversation"
-
-
-def test_chat_without_a_template_continues_the_prompt(
-    run: Run, tiny_model_folder: Path, tmp_path: Path, prompts: list[str]
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path / "plain")
-    status, out, err = run("--model", tiny_model_folder, "--tokenizer", tmp_path / "plain", "--chat", "--prompt", "ba")
-    assert status == 0
-    assert "no chat template" in err
-    assert err.count("\n") == 1
-    assert out.startswith("ba ")
-    assert len(prompts) == 1
-
-
-def test_a_template_without_a_system_role_gets_it_in_the_first_question(
-    tiny_model_folder: Path,
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}"
-        "{% endif %}{{ message['content'] }} </s> {% endfor %}"
-    )
-    history = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "de"}]
-    inputs = generate.chat_inputs(tokenizer, "ku ku", history)
-    assert tokenizer.decode(inputs["input_ids"][0]).split() == ["ku", "ku", "ba", "</s>", "de", "</s>"]
-    tokenizer.chat_template = "{{ raise_exception('broken') }}"
-    with pytest.raises(Exception, match="broken"):
-        generate.chat_inputs(tokenizer, "", history)
 
 
 def test_help_is_instant() -> None:

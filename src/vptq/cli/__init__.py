@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import env, evaluate, finetune, generate, info, plan, quantize
+from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, quantize
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -32,7 +32,10 @@ app.callback(invoke_without_command=True)(generate.generate)
 app.command("quantize")(quantize.quantize)
 app.command("plan")(plan.plan)
 app.command("finetune")(finetune.finetune)
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
 app.command("info")(info.info)
 app.command("env")(env.env)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -68,18 +69,40 @@ def facts(rows: dict[str, str]) -> Table:
 
 def check_json_file(path: Path | None) -> None:
     """Raises ConfigError where --json names no file that could be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {path} is no file in a folder that exists; choose another")
+    if path is not None:
+        _check_file(path, "--json")
 
 
-def write_json_file(data: Mapping[str, Any], path: Path) -> None:
-    """Writes what --json asks for, under a temporary name first; ConfigError where that cannot be done."""
+def check_picture_file(path: Path, option: str) -> None:
+    """Raises ConfigError where an option names no picture that could be drawn and written."""
+    _check_file(path, option)
+    if find_spec("matplotlib") is None:
+        raise ConfigError(f'{option} {path} is a picture, and drawing needs matplotlib: pip install "vptq[plot]"')
+
+
+def write_json_file(data: Mapping[str, Any], path: Path, option: str = "--json") -> None:
+    """Writes what an option asks for; ConfigError where that cannot be done."""
+    write_file((json.dumps(data, indent=2) + "\n").encode(), path, option)
+
+
+def write_file(content: bytes, path: Path, option: str) -> None:
+    """Writes what an option asks for, under a temporary name first; ConfigError where that cannot be done."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        raise ConfigError(f"cannot write --json {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {option} {path}: {error.strerror}") from error
+
+
+def _check_file(path: Path, option: str) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path} is no file in a folder that exists; choose another")
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10: config.json is sorted by letters."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def file_size(count: float) -> str:
@@ -151,3 +174,29 @@ class StageBars:
         )
         if event.message:
             self._progress.console.print(event.message, markup=False, soft_wrap=True)
+
+
+class CountBars(Progress):
+    """A bar for what is being measured, with an estimate of the time left."""
+
+    def __init__(self) -> None:
+        console = messages()
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeLeftColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=3600,  # a plain average: requests come longest first
+            transient=True,
+        )
+        self._what = "loading"
+        self._bar = self.add_task(self._what, total=None)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Show how much of something is done; a total of 0 is one that is not known."""
+        if what != self._what:
+            self.remove_task(self._bar)
+            self._what, self._bar = what, self.add_task(what, total=None)
+        self.update(self._bar, completed=done, total=total or None)

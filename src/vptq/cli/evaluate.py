@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vptq.cli.console import (
+    CountBars,
     check_json_file,
     facts,
-    messages,
     output,
     plain_table,
     print_warning,
@@ -74,7 +73,7 @@ def evaluate(
     quiet_transformers()
     from vptq.evaluate import evaluate as evaluate_model
 
-    with _Bars() as bars:
+    with CountBars() as bars:
         result = evaluate_model(
             model,
             reference,
@@ -97,31 +96,6 @@ def evaluate(
     _print_result(result)
     if json_file is not None:
         write_json_file(result.to_dict(), json_file)
-
-
-class _Bars(Progress):
-    """A bar for what is being measured, with an estimate of the time left."""
-
-    def __init__(self) -> None:
-        console = messages()
-        super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            speed_estimate_period=3600,  # a plain average: requests come longest first
-            transient=True,
-        )
-        self._what = "loading"
-        self._bar = self.add_task(self._what, total=None)
-
-    def show(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
-            self.remove_task(self._bar)
-            self._what, self._bar = what, self.add_task(what)
-        self.update(self._bar, completed=done, total=total)
 
 
 def _print_result(result: Evaluation) -> None:

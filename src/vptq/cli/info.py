@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vptq.cli.console import facts, file_size, output, plain_table
+from vptq.cli.console import by_number, check_picture_file, facts, file_size, output, plain_table
+from vptq.cli.index_use import show_index_use
 from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +34,29 @@ def info(
         ),
     ],
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Show a folder's table of layers.")] = True,
+    indices: Annotated[
+        bool, typer.Option("--indices", help="Show instead how often a folder's centroids are used, and which never.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw what --indices shows to this file (PNG).")
+    ] = None,
 ) -> None:
     """Show bits, size and codebooks of a folder, name or spec."""
+    if picture is not None:
+        if not indices:
+            raise typer.BadParameter("it draws what --indices shows; give both", param_hint="--picture")
+        check_picture_file(picture, "--picture")
     folder = Path(target).expanduser()
+    if folder.is_dir() and indices:
+        show_index_use(folder, picture)
+        return
     if folder.is_dir():
         _show_folder(folder, layers)
         return
     if target.startswith((".", "/", "~")):
         raise ConfigError(f"there is no folder {target}; give a quantized folder, a model's name or a spec")
+    if indices:
+        raise ConfigError(f"--indices counts those of a quantized folder, and there is none at {target}")
     from vptq.spec import QuantSpec
 
     _show_spec(QuantSpec.parse(target), target)
@@ -165,7 +181,7 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
         *("size", "bits"),
         *(["proxy loss"] if losses else []),
     )
-    for name, layer in sorted(layers.items(), key=lambda item: _by_number(item[0])):
+    for name, layer in sorted(layers.items(), key=lambda item: by_number(item[0])):
         cells = [name, f"{layer.out_features} x {layer.in_features}"]
         cells += [form(layer)] if mixed else []
         cells += [file_size(layer.stored_bits / 8), f"{layer.bits_per_weight:.3f}"]
@@ -173,8 +189,3 @@ def _layer_table(layers: Mapping[str, LayerConfig], report: Report | None) -> Ta
             cells.append(f"{losses[name]:.3%}" if name in losses else "")
         table.add_row(*cells)
     return table
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.2 before layers.10: config.json is sorted by letters."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

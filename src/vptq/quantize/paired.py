@@ -87,7 +87,7 @@ class PairedActivations:
 
     def _originals(self, name: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
         """What the original gave the layer, for every batch of the quantized model."""
-        kept = self._inputs[name]
+        kept = self._inputs.pop(name)  # they are a large part of all memory in use
         if sum(map(len, kept)) != sum(sizes):
             return [None] * len(sizes)
         parts: list[Tensor] = list(torch.cat(kept).split(list(sizes)))  # type: ignore[no-untyped-call]

@@ -1,0 +1,70 @@
+"""`vptq compare DIR DIR ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vptq.cli.console import (
+    check_json_file,
+    check_picture_file,
+    output,
+    plain_table,
+    print_warning,
+    write_file,
+    write_json_file,
+)
+
+if TYPE_CHECKING:
+    from vptq.evaluate.compare import Folder
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR ...", help="Quantized folders.")],
+    picture: Annotated[Path, typer.Option("--output", "-o", help="The picture (PNG) to draw.")] = Path("compare.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Show bits against perplexity, divergence and speed.
+
+    Figures are read from report.json, eval.json and bench.json in each folder; the last two are where these put them:
+
+    \b
+    vptq eval DIR --reference MODEL --json DIR/eval.json
+    vptq bench DIR --json DIR/bench.json
+    """
+    check_json_file(json_file)
+    check_picture_file(picture, "--output")
+    from vptq.evaluate.compare import compare as read_folders
+    from vptq.evaluate.plot import draw_comparison
+
+    found = read_folders(folders)
+    for folder in found:
+        if folder.missing:
+            print_warning(f"{folder.name}: {'; '.join(folder.missing)}")
+    output().print(_table(found))
+    write_file(draw_comparison(found), picture, "--output")
+    output().print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
+    if json_file is not None:
+        write_json_file({"folders": [folder.to_dict() for folder in found]}, json_file)
+
+
+def _table(folders: list[Folder]) -> Table:
+    from vptq.evaluate.compare import original_of
+
+    perplexity, speed = original_of(folders)
+    rows: list[tuple[Any, ...]] = [
+        (folder.spec, folder.bits, folder.perplexity, folder.kl_divergence, folder.tokens_per_second)
+        for folder in folders
+    ]
+    names = [folder.name for folder in folders]
+    if perplexity is not None or speed is not None:
+        names, rows = [*names, "original"], [*rows, ("", None, perplexity, None, speed)]
+    forms = {"spec": "", "bits": ".3f", "perplexity": ".3f", "KL": ".4f", "tokens/s": ".2f"}
+    table = plain_table("folder", *forms)
+    for name, row in zip(names, rows, strict=True):
+        cells = zip(row, forms.values(), strict=True)
+        table.add_row(name, *("" if value is None else format(value, form) for value, form in cells))
+    return table
