@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vptq.errors import ConfigError
 from vptq.sampling import Sampling
+from vptq.streaming import TimedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ class Conversation:
         ids = prompt[None].to(self.model.device)
         # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        streamer = _Streamer(self.tokenizer, on_text)
+        streamer = TimedText(self.tokenizer, on_text)
         generator: Any = self.model  # nn.Module.__getattr__ hides the mixin's method from the type checker
         self.sampling.seed_random()
         began = time.perf_counter()
@@ -267,42 +268,3 @@ def templated(tokenizer: PreTrainedTokenizerBase, system_prompt: str, messages: 
         first, *rest = messages
         merged = {**first, "content": f"{system_prompt}\n\n{first['content']}"}
         return tokenizer.apply_chat_template([merged, *rest], **arguments)
-
-
-class TokenTimes:
-    """When each new token came: what transformers calls a streamer, as far as it calls it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self._prompt_is_next = True
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then one token a call."""
-        if not self._prompt_is_next:
-            self.times.append(time.perf_counter())
-        self._prompt_is_next = False
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the tokens after the first; 0 where there are none."""
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0.0
-
-
-class _Streamer(TextStreamer):
-    """Hands text on as soon as it forms words, and notes when each token came."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.clock = TokenTimes()
-        self._on_text = on_text
-
-    def put(self, value: Tensor) -> None:
-        self.clock.put(value)
-        super().put(value)  # type: ignore[no-untyped-call]
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)

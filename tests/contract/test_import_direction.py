@@ -17,7 +17,7 @@ RANKS = (
     ("packing", "weight", "reference"),
     ("ops",),
     ("linear", "shards", "checkpoint"),
-    ("text", "source", "sampling"),
+    ("text", "source", "sampling", "streaming"),
     ("quantize",),
     ("model",),
     ("integrations",),
@@ -28,7 +28,8 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
 INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint", "source",
-             "model", "integrations", "sampling", "conversation")  # fmt: skip
+             "model", "integrations", "sampling", "streaming",
+             "conversation")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
 

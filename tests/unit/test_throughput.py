@@ -10,11 +10,11 @@ import torch
 from model_zoo import tiny
 
 from vptq.cli import main
-from vptq.conversation import TokenTimes
 from vptq.errors import ConfigError, VPTQError
 from vptq.evaluate import throughput
 from vptq.evaluate.memory import peak_of_model
 from vptq.evaluate.throughput import generate_timed, measure_throughput, memory_bandwidth, weight_bytes_per_token
+from vptq.streaming import TokenTimes
 
 
 def test_speed_counts_the_tokens_after_the_first() -> None:

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vptq.conversation import TokenTimes
 from vptq.errors import ConfigError
 from vptq.evaluate.memory import peak_of_model
 from vptq.sampling import Sampling
+from vptq.streaming import TokenTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
