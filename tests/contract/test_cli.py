@@ -38,6 +38,17 @@ PROMISED = {
         *("--bits", "--size", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--dtype", "--json"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm"),
     },
+    "serve": {
+        "--host",
+        "--port",
+        "--name",
+        "--api-key",
+        "--context",
+        "--queue",
+        "--max-body",
+        "--grace",
+        "--tokenizer",
+    },
     "info": {"--layers", "--no-layers"},
     "env": set(),
 }
@@ -92,6 +103,8 @@ def test_the_readme_shows_every_command() -> None:
         (["eval", "model", "--tasks", "piqa", "--limit", "0"], "--limit"),
         (["eval", "model", "--tasks", "piqa", "--batch-size", "0"], "--batch-size"),
         (["eval", "model", "--tasks", " , "], "--tasks"),
+        (["serve"], "MODEL"),
+        (["serve", "model", "--port", "70000"], "--port"),
         (["info"], "SPEC"),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import env, evaluate, finetune, generate, info, plan, quantize
+from vptq.cli import env, evaluate, finetune, generate, info, plan, quantize, serve
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -33,6 +33,7 @@ app.command("quantize")(quantize.quantize)
 app.command("plan")(plan.plan)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("env")(env.env)
 
