@@ -85,6 +85,7 @@ class Answer:
         self._engine = engine
         self._loop = loop
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._has_begun = asyncio.Event()
         self._stopped = threading.Event()
         self._future: Future[Finish] | None = None
         self._finish: Finish | None = None
@@ -96,7 +97,7 @@ class Answer:
 
     def write(self, piece: str) -> None:
         """Add text. From the engine's thread."""
-        self._tell(self._pieces.put_nowait, piece)
+        self._tell(self._receive, piece)
 
     def count_token(self) -> None:
         """Count a token. From the engine's thread."""
@@ -118,6 +119,12 @@ class Answer:
         if self._future is not None:
             self._future.cancel()
 
+    async def begins_within(self, seconds: float) -> bool:
+        """Wait for the first piece, or the end of an answer without any, but not for longer than this."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._has_begun.wait(), seconds)
+        return self._has_begun.is_set()
+
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text as it comes, to be asked for once.
 
@@ -138,7 +145,11 @@ class Answer:
 
     def _end(self) -> None:
         self._engine.forget(self)
-        self._pieces.put_nowait(None)
+        self._receive(None)
+
+    def _receive(self, piece: str | None) -> None:
+        self._pieces.put_nowait(piece)
+        self._has_begun.set()
 
     def _tell(self, what: Callable[..., None], *arguments: str) -> None:
         """Do something in the event loop, unless that has ended meanwhile and with it everybody who would care."""

@@ -49,6 +49,7 @@ PROMISED = {
         "--grace",
         "--tokenizer",
     },
+    "app": {"--host", "--port", "--published", "--no-published", "--queue"},
     "info": {"--layers", "--no-layers"},
     "env": set(),
 }
@@ -105,6 +106,7 @@ def test_the_readme_shows_every_command() -> None:
         (["eval", "model", "--tasks", " , "], "--tasks"),
         (["serve"], "MODEL"),
         (["serve", "model", "--port", "70000"], "--port"),
+        (["app", "--port", "0"], "--port"),
         (["info"], "SPEC"),
     ],
 )
@@ -141,6 +143,9 @@ def test_wrong_usage_exits_with_2(
         (["eval", "MODEL", "--tasks", "piqa", "--task-dir", "./no"], "no folder no to read task files from"),
         (["eval", "MODEL", "--limit", "3"], "there are no tasks"),
         (["eval", "MODEL", "--tasks", "piqa", "--windows", "3"], "only tasks are measured"),
+        (["serve", "./missing"], "no model at ./missing"),
+        (["app", "./missing"], "no model at ./missing"),
+        (["app", "--no-published"], "no model to offer"),
         (["info", "./missing"], "no folder ./missing"),
         (["info", "Llama-3-8B"], "not a quantization spec"),
         (["info", "MODEL"], "not a quantized model"),

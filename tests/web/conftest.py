@@ -6,29 +6,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
-pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+# Nothing that may be missing is imported here: the test modules say what they need, and are skipped without it.
+if TYPE_CHECKING:
+    import openai
 
-import openai
-import uvicorn
+    from vptq.serve.server import ServedModel
 
-from vptq.generation import context_length
-from vptq.model import AutoModelForCausalLM
-from vptq.serve.listen import GracefulServer, bind, url_of
-from vptq.serve.server import Limits, ServedModel, Server
-from vptq.source import load_tokenizer
-
-Serve = Callable[..., openai.OpenAI]
+Serve = Callable[..., "openai.OpenAI"]
 
 
 @pytest.fixture(scope="session")
 def served(tiny_model_folder: Path) -> ServedModel:
     """The tiny model under the name "tiny"."""
+    from vptq.generation import context_length
+    from vptq.model import AutoModelForCausalLM
+    from vptq.serve.server import ServedModel
+    from vptq.source import load_tokenizer
+
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
     return ServedModel("tiny", model, tokenizer, context_length(model, tokenizer) or 0)
 
@@ -50,7 +48,12 @@ def slow(served: ServedModel) -> Iterator[threading.Semaphore]:
 @pytest.fixture
 def serve(served: ServedModel) -> Iterator[Serve]:
     """Starts a server with these limits; gives a client of it, which knows uvicorn's `server` and its `thread`."""
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+    import openai
+
+    from vptq.serve.listen import GracefulServer, bind, url_of
+    from vptq.serve.server import Limits, Server
+
+    running: list[tuple[GracefulServer, threading.Thread]] = []
 
     def serve(api_key: str = "", client_key: str = "unused", grace: int = 30, **limits: Any) -> openai.OpenAI:
         listener = bind("127.0.0.1", 0)

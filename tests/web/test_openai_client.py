@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import openai
 import pytest
+
+pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
+pytest.importorskip("uvicorn", reason="the extra is not installed: pip install 'vptq[serve]'")
+
+import openai
 
 QUESTION: Any = [{"role": "user", "content": "ba de fi"}]
 

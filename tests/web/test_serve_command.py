@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
+
+pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
+pytest.importorskip("uvicorn", reason="the extra is not installed: pip install 'vptq[serve]'")
+
+import openai
 
 from vptq.cli import main
 from vptq.serve.listen import bind

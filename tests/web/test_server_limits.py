@@ -10,8 +10,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
+
+pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
+pytest.importorskip("uvicorn", reason="the extra is not installed: pip install 'vptq[serve]'")
+
+import openai
 
 from vptq.errors import ConfigError
 from vptq.serve.listen import bind, is_loopback

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import env, evaluate, finetune, generate, info, plan, quantize, serve
+from vptq.cli import env, evaluate, finetune, generate, info, plan, quantize, serve, webchat
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -34,6 +34,7 @@ app.command("plan")(plan.plan)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("app")(webchat.webchat)
 app.command("info")(info.info)
 app.command("env")(env.env)
 

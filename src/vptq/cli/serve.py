@@ -50,6 +50,7 @@ def serve(
     quiet_transformers()
     from vptq.source import load_tokenizer, resolve_model
 
+    source = resolve_model(model)
     try:
         from vptq.serve.listen import GracefulServer, bind, is_loopback, url_of
         from vptq.serve.server import Limits, ServedModel, Server
@@ -58,7 +59,6 @@ def serve(
     from vptq.generation import context_length
     from vptq.model import AutoModelForCausalLM
 
-    source = resolve_model(model)
     with bind(host, port) as listener:
         if not (is_loopback(listener) or api_key):
             print_warning(f"anybody who can reach {url_of(listener)} can use the model; --api-key asks them for a key")
