@@ -45,6 +45,18 @@ PROMISED = {
         *("--device", "--dtype"),
     },
     "compare": {"-o", "--output", "--json"},
+    "serve": {
+        "--host",
+        "--port",
+        "--name",
+        "--api-key",
+        "--context",
+        "--queue",
+        "--max-body",
+        "--grace",
+        "--tokenizer",
+    },
+    "app": {"--host", "--port", "--published", "--no-published", "--queue"},
     "env": set(),
 }
 
@@ -102,6 +114,9 @@ def test_the_readme_shows_every_command() -> None:
         (["bench", "model", "--tokens", "1"], "--tokens"),
         (["compare"], "DIR"),
         (["info", "model", "--picture", "x.png"], "--picture"),
+        (["serve"], "MODEL"),
+        (["serve", "model", "--port", "70000"], "--port"),
+        (["app", "--port", "0"], "--port"),
         (["info"], "SPEC"),
     ],
 )
@@ -138,6 +153,9 @@ def test_wrong_usage_exits_with_2(
         (["eval", "MODEL", "--tasks", "piqa", "--task-dir", "./no"], "no folder no to read task files from"),
         (["eval", "MODEL", "--limit", "3"], "there are no tasks"),
         (["eval", "MODEL", "--tasks", "piqa", "--windows", "3"], "only tasks are measured"),
+        (["serve", "./missing"], "no model at ./missing"),
+        (["app", "./missing"], "no model at ./missing"),
+        (["app", "--no-published"], "no model to offer"),
         (["info", "./missing"], "no folder ./missing"),
         (["info", "Llama-3-8B"], "not a quantization spec"),
         (["info", "MODEL"], "not a quantized model"),

@@ -21,15 +21,15 @@ RANKS = (
     ("quantize",),
     ("model",),
     ("integrations",),
-    ("conversation",),
+    ("conversation", "generation", "engine"),
     ("evaluate",),
-    ("cli", "app", "__main__"),
+    ("serve", "cli", "app", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
 INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint", "source",
              "model", "integrations", "sampling", "streaming",
-             "conversation")  # fmt: skip
+             "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, quantize
+from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, quantize, serve, webchat
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -36,6 +36,8 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
+app.command("serve")(serve.serve)
+app.command("app")(webchat.webchat)
 app.command("info")(info.info)
 app.command("env")(env.env)
 

@@ -1,0 +1,99 @@
+"""Answers for the page: a conversation goes in, growing text with a line about how it goes comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vptq.app.models import LoadedModels
+from vptq.engine import Answer, Engine, QueueFullError
+from vptq.errors import ConfigError, VPTQError
+from vptq.generation import Finish, Sampling, chat_prompt, context_length, generate_text, text_prompt
+
+# How often somebody who waits is told how things stand, in seconds.
+PATIENCE = 1.0
+
+
+class Chat:
+    """Answers of any model, in turn.
+
+    Args:
+        engine: Where they wait for each other.
+        models: The models; used in the engine's thread.
+    """
+
+    def __init__(self, engine: Engine, models: LoadedModels) -> None:
+        self._engine = engine
+        self._models = models
+
+    async def answer(
+        self, model: str, messages: Sequence[Mapping[str, Any]], sampling: Sampling
+    ) -> AsyncIterator[tuple[str, str]]:
+        """Answer a conversation.
+
+        Args:
+            model: As `LoadedModels.get` takes it.
+            messages: Turns, with content as Gradio keeps it.
+            sampling: How tokens are chosen.
+
+        Yields:
+            The text so far, and a line about it. Leaving the iterator stops the answer.
+        """
+        turns = [{"role": message["role"], "content": plain_text(message["content"])} for message in messages]
+        try:
+            answer = self._engine.submit(lambda answer: self._generate(answer, model, turns, sampling))
+        except QueueFullError:
+            yield "", "Too many are waiting already; try again later."
+            return
+        try:
+            async for shown in self._follow(answer, model):
+                yield shown
+        except VPTQError as error:
+            yield "", f"Error: {error}"
+        finally:
+            answer.stop()
+
+    async def _follow(self, answer: Answer, model: str) -> AsyncIterator[tuple[str, str]]:
+        while not await answer.begins_within(PATIENCE):
+            yield "", self._waiting(answer, model)
+        text, began = "", time.perf_counter()
+        async for piece in answer.pieces():
+            text += piece
+            yield text, "answering"
+        seconds = time.perf_counter() - began
+        speed = f", {(answer.finish.tokens - 1) / seconds:.1f} tokens/s" if answer.finish.tokens > 1 else ""
+        cut = ", cut there" if answer.finish.reason == "length" else ""
+        yield text, f"{answer.finish.tokens} tokens{speed}{cut}"
+
+    def _waiting(self, answer: Answer, model: str) -> str:
+        if ahead := self._engine.ahead_of(answer):
+            return f"Waiting: {ahead} before this one"
+        return "Reading the question" if model in self._models else "Loading the model"
+
+    def _generate(self, answer: Answer, model: str, turns: list[dict[str, str]], sampling: Sampling) -> Finish:
+        loaded, tokenizer = self._models.get(model)
+        # Without a template the model only continues text, and knows no turns.
+        prompt = (
+            chat_prompt(tokenizer, turns) if tokenizer.chat_template else text_prompt(tokenizer, turns[-1]["content"])
+        )
+        context = context_length(loaded, tokenizer)
+        if context is not None and prompt.shape[1] >= context:
+            raise ConfigError(f"the conversation has {prompt.shape[1]} tokens, the model's context {context}; clear it")
+        if context is not None:
+            room = context - prompt.shape[1]
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        return generate_text(
+            *(loaded, tokenizer, prompt, sampling),
+            on_text=answer.write,
+            is_stopped=answer.is_stopped,
+            on_token=answer.count_token,
+        )
+
+
+def plain_text(content: Any) -> str:
+    """The text of a message, which Gradio keeps as text or as a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
