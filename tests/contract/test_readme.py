@@ -44,7 +44,7 @@ def test_the_readme_has_commands_and_python() -> None:
     assert any(blocks("python"))
 
 
-@pytest.mark.parametrize("line", shell_lines(), ids=lambda line: line.partition("#")[0].strip())
+@pytest.mark.parametrize("line", list(shell_lines()), ids=lambda line: line.partition("#")[0].strip())
 def test_shell_command_is_understood(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "make":
@@ -67,7 +67,7 @@ def test_a_wrong_option_would_be_noticed() -> None:
         parse(["quantize", "MODEL", "-o", "DIR", "--no-such-option"])
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_uses_names_that_exist(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vptq":
