@@ -61,6 +61,7 @@ class Job:
     resume: bool
     absorb_perm: bool
     finetune: str
+    move_indices: float
     rotate: bool
     solver: SolverConfig
     training: TrainingConfig
@@ -110,6 +111,7 @@ class Job:
             "hessian": self.hessian,
             "absorb_perm": self.absorb_perm,
             "finetune": self.finetune,
+            "move_indices": self.move_indices,
             "rotate": self.rotate,
             "solver": dataclasses.asdict(self.solver),
             "training": dataclasses.asdict(self.training) if self.finetune != "none" else None,
