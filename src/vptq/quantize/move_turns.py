@@ -62,12 +62,12 @@ class MoveTurns:
             share: of all vectors, how many may move in all turns together.
             turns: how many there will be.
         """
-        self._blocks = student.blocks
-        self._parts = min(turns, len(student.blocks))
-        vectors = sum(vectors_of(layer.config) for block in student.blocks for layer in block.values())
+        self._blocks = [layers for layers in student.blocks if layers]
+        self._parts = min(turns, len(self._blocks))
+        vectors = sum(vectors_of(layer.config) for block in self._blocks for layer in block.values())
         self._limit = int(share * vectors / turns)
         self.gradients: dict[str, Tensor] = {}
-        for layers in student.blocks:
+        for layers in self._blocks:
             for path, layer in layers.items():
                 self._listen(path, layer)
 
@@ -122,7 +122,7 @@ class MoveTurns:
         def dequantize_and_listen() -> Tensor:
             weight = dequantize()
             if path in self.gradients and weight.requires_grad:
-                weight.register_hook(lambda gradient: self._add(path, gradient))
+                weight.register_hook(lambda gradient: self._add(path, gradient))  # type: ignore[no-untyped-call]
             return weight
 
         layer.dequantize_with_gradient = dequantize_and_listen  # type: ignore[method-assign]
