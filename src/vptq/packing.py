@@ -109,6 +109,14 @@ def to_carrier(indices: Tensor) -> Tensor:
     return indices.to(torch.int16)
 
 
+def change_carrier(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same indices, or the same packed words, carried by another dtype."""
+    if stored.dtype == dtype:
+        return stored
+    indices = from_carrier(stored)
+    return to_carrier(indices).view(dtype) if dtype.itemsize == 2 else indices.to(dtype)
+
+
 def _positions(count: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     start = torch.arange(count, device=device) * bits
     return start // WORD_BITS, start % WORD_BITS

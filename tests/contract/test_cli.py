@@ -23,11 +23,11 @@ PROMISED = {
         *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
         *("--size", "--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
-        *("--hessian", "--finetune", "--lm-head"),
+        *("--hessian", "--finetune", "--lm-head", "--move-indices"),
     },
     "finetune": {
         *("-o", "--output", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--overwrite"),
-        "--resume",
+        *("--resume", "--move-indices"),
     },
     "eval": {
         *("--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"),

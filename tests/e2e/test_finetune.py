@@ -189,7 +189,7 @@ def test_every_family_can_be_finetuned(family: str, tmp_path: Path, monkeypatch:
 def test_text_of_one_sequence_is_refused_before_anything_is_quantized(tiny_model_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("ba be bi bo " * 8)
-    with pytest.raises(CalibrationError, match="only one sequence"):
+    with pytest.raises(CalibrationError, match="needs 2 sequences, but there are only 1"):
         vptq.quantize(tiny_model_folder, tmp_path / "out", SPEC, calibration=text, finetune="e2e", **QUICK)
     assert list(tmp_path.iterdir()) == [text]
 

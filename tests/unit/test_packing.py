@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vptq.config import INDEX_CARRIERS
 from vptq.errors import ConfigError
-from vptq.packing import from_carrier, pack, to_carrier, unpack
+from vptq.packing import change_carrier, from_carrier, pack, to_carrier, unpack
 
 
 def words(text: str) -> torch.Tensor:
@@ -112,3 +113,13 @@ def test_carriers_keep_the_bit_pattern() -> None:
     assert carried[40000] == -25536
     for carrier in (carried, carried.view(torch.uint16), carried.view(torch.float16), every, every.to(torch.int32)):
         assert torch.equal(from_carrier(carrier), every)
+
+
+@pytest.mark.parametrize("dtype", INDEX_CARRIERS, ids=str)
+def test_indices_change_their_carrier_and_not_their_values(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16)
+    carried = change_carrier(to_carrier(every), dtype)
+    assert carried.dtype == dtype
+    assert torch.equal(from_carrier(carried), every)
+    words = torch.tensor([-1, 1 << 30], dtype=torch.int32)
+    assert change_carrier(words, torch.int32) is words

@@ -105,3 +105,21 @@ def test_a_restored_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
         assert torch.equal(parameter, second.parameters[name])
         assert torch.equal(whole.best[name], second.best[name])
     assert whole.history == second.history
+
+
+def test_indices_that_others_change_belong_to_the_state(tmp_path: Path) -> None:
+    def run() -> Trainer:
+        return Trainer(parameters(book=[1.0]), torch.bfloat16, TrainingConfig(), 4, {"indices": torch.tensor([40_001])})
+
+    first = run()
+    first.check(lambda: 2.0)
+    for value, loss in ((40_003, 1.0), (40_005, 3.0)):
+        first.indices["indices"].fill_(value)
+        first.check(lambda loss=loss: loss)  # type: ignore[misc]
+    assert first.best["indices"].tolist() == [40_003]  # not rounded, and not what came after
+    first.save(tmp_path / "state")
+    second = run()
+    second.restore(tmp_path / "state")
+    assert second.indices["indices"].tolist() == [40_005]
+    assert second.best["indices"].tolist() == [40_003]
+    assert second.best["indices"].dtype == torch.int64

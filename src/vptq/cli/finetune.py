@@ -11,6 +11,7 @@ from vptq.cli.console import StageBars, facts, output, quiet_transformers
 from vptq.cli.options import (
     CalibrationOption,
     DeviceOption,
+    MoveIndicesOption,
     OriginalArgument,
     OverwriteOption,
     ResumeOption,
@@ -30,12 +31,14 @@ def finetune(
     seqlen: SeqlenOption = 2048,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    move_indices: MoveIndicesOption = 0.0,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
 ) -> None:
     """Train a folder's codebooks and norms towards its original.
 
-    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; indices and size stay.
+    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; size stays, and so do
+    indices unless --move-indices says otherwise.
     What does not bring the model nearer on text that was held out is thrown away.
     """
     check_start(overwrite, resume)
@@ -52,6 +55,7 @@ def finetune(
             seqlen=seqlen,
             seed=seed,
             device=device,
+            move_indices=move_indices,
             overwrite=overwrite,
             resume=resume,
             progress=bars,
@@ -62,6 +66,7 @@ def finetune(
         "written": str(output_dir),
         "KL to the original": f"{falls}, on {done.held_out} held-out sequences",
         "trained": f"{done.trained:,} numbers, {done.steps} steps",
+        **({"other indices": f"{done.moved:,} vectors"} if move_indices else {}),
         "time": f"{minutes} min {seconds} s",
     }
     output().print(facts(rows))

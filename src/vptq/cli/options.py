@@ -57,6 +57,15 @@ StoredDtypeOption = Annotated[
     StoredType | None,
     typer.Option("--dtype", help="Float type of the codebooks and unquantized weights.  [default: the model's]"),
 ]
+MoveIndicesOption = Annotated[
+    float,
+    typer.Option(
+        "--move-indices",
+        min=0.0,
+        max=1.0,
+        help="While the whole model is trained, let this share of all vectors take other centroids, such as 0.01.",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run, from the last state it has stored.")

@@ -15,6 +15,7 @@ from vptq.cli.options import (
     CalibrationOption,
     DeviceOption,
     HeadOption,
+    MoveIndicesOption,
     NormOption,
     OriginalArgument,
     OverwriteOption,
@@ -105,6 +106,7 @@ def quantize(
             "model at the end (e2e), or both.",
         ),
     ] = Finetune.none,
+    move_indices: MoveIndicesOption = 0.0,
     rotate: RotateOption = False,
     lm_head: HeadOption = None,
     norm: NormOption = None,
@@ -152,6 +154,7 @@ def quantize(
             resume=resume,
             absorb_perm=absorb_perm,
             finetune=finetune.value,
+            move_indices=move_indices,
             rotate=rotate,
             lm_head=lm_head,
             progress=bars,
@@ -197,7 +200,8 @@ def _print_summary(report: Report, folder: Path) -> None:
 def _finetuned(report: Report) -> str:
     done = report.finetuning
     steps = f"{done['after']:.4f} after {done['steps']} steps"
-    return f"KL to the original on held-out text {done['before']:.4f} before, {steps}"
+    moved = f"; {done['moved']:,} vectors got other indices" if done["moved"] else ""
+    return f"KL to the original on held-out text {done['before']:.4f} before, {steps}{moved}"
 
 
 def _skipped(report: Report) -> str:

@@ -127,9 +127,10 @@ def _outliers(spec: QuantSpec) -> str:
 
 
 def _finetuning(done: Mapping[str, Any]) -> str:
+    moved = f"; {done['moved']:,} vectors got other indices" if done.get("moved") else ""
     return (
         f"end to end, {done['steps']} steps on {done['sequences']} sequences: KL to the original on held-out text "
-        f"{done['before']:.4f} before, {done['after']:.4f} after"
+        f"{done['before']:.4f} before, {done['after']:.4f} after{moved}"
     )
 
 

@@ -1,8 +1,9 @@
 """End-to-end finetuning: a quantized folder in, a folder of the same format and size out, closer to its original.
 
 Codebooks, column scales and biases, layer biases and norms are trained so that the model's next-token distributions
-become those of the original (KL divergence on the calibration text); indices, embeddings and the output head stay. The
-paper's 2-bit results need this step (arXiv 2409.17066, section 4 and appendix C.5), which was never released.
+become those of the original (KL divergence on the calibration text); embeddings and the output head stay, and so do
+indices unless some are asked to move (`move_turns.py`). The paper's 2-bit results need this step (arXiv 2409.17066,
+section 4 and appendix C.5), which was never released.
 
     original, tokens -> last hidden states of the original, stored      one block in memory at a time
     quantized folder -> Student -> Trainer, checked on held-out text    its state is stored at every check
@@ -15,25 +16,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vptq.checkpoint import save_tensors, staged_folder
+from vptq.checkpoint import Checkpoint, save_tensors, staged_folder
 from vptq.errors import CalibrationError, VPTQError
 from vptq.quantize.activations import Activations
+from vptq.quantize.index_moves import differing
+from vptq.quantize.move_turns import MoveTurns
 from vptq.quantize.original import compute_dtype
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.student import Student
 from vptq.quantize.training import Trainer, TrainingConfig
 from vptq.quantize.weights import WeightFiles
+from vptq.weight import QuantizedWeight
 
 TARGET_SHARD_BYTES = 1 << 28
 STAGE = "finetuning"
+JUDGES = 2
+"""Training sequences that judge the moves of a turn: the next ones, which it has not seen."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class FinetuneReport:
         sequences: training sequences.
         held_out: sequences that only judge.
         trained: numbers that were trained.
+        moved: vectors whose indices, in what was kept, are not those they were.
         seconds: wall-clock time, that of the original's states included.
     """
 
@@ -58,6 +65,7 @@ class FinetuneReport:
     sequences: int
     held_out: int
     trained: int
+    moved: int
     seconds: float
 
 
@@ -72,6 +80,7 @@ class Finetuning:
         work: where intermediate results go.
         dtype: what trained numbers are rounded to.
         device: where to compute.
+        move_indices: share of all vectors that may get other indices; 0 for none.
     """
 
     folder: Path
@@ -84,6 +93,7 @@ class Finetuning:
     seed: int
     config: TrainingConfig
     progress: ProgressCallback
+    move_indices: float = 0.0
     _targets: WeightFiles = field(init=False)
 
     def run(self) -> tuple[FinetuneReport, dict[str, Tensor]]:
@@ -95,7 +105,8 @@ class Finetuning:
         """
         began = time.monotonic()
         sequences = len(self.tokens) - self.held_out
-        if sequences < 1 or self.held_out < 1:
+        needed = 2 if self.move_indices else 1
+        if sequences < needed or self.held_out < 1:
             raise CalibrationError(
                 f"finetuning needs text to train on and text to judge by, but there are only {len(self.tokens)} "
                 "sequences; give a longer --calibration text, or a smaller --seqlen"
@@ -103,21 +114,25 @@ class Finetuning:
         self._make_targets()
         student = Student(self.folder, self.device, self.skeleton)
         steps = max(1, sequences * self.config.epochs // self.config.batch)
-        trainer = Trainer(student.trained(), self.dtype, self.config, steps)
+        turns = MoveTurns(student, self.move_indices, min(steps, self.config.checks)) if self.move_indices else None
+        trainer = Trainer(student.trained(), self.dtype, self.config, steps, turns.indices() if turns else {})
         trainer.restore(self.work / "training")
-        self._train(student, trainer)
+        self._train(student, trainer, turns)
         losses = [loss for _, loss in trainer.history]
+        best = trainer.best if min(losses) < losses[0] else {}
         trained = sum(p.numel() for p in trainer.parameters.values())
         report = FinetuneReport(
             losses[0], min(losses), trainer.step, trainer.history, sequences, self.held_out, trained,
-            time.monotonic() - began,
+            self._moved(student, best) if turns else 0, time.monotonic() - began,
         )  # fmt: skip
-        return report, trainer.best if min(losses) < losses[0] else {}
+        return report, best
 
-    def _train(self, student: Student, trainer: Trainer) -> None:
+    def _train(self, student: Student, trainer: Trainer, turns: MoveTurns | None) -> None:
         order = self._order(trainer.steps * self.config.batch)
         if not trainer.history and not math.isfinite(self._check(student, trainer)):
             raise VPTQError(f"{self.folder}: the quantized model's predictions are not finite; it cannot be finetuned")
+        if turns:
+            turns.begin(len(trainer.history) - 1)
         while not trainer.done:
             at = trainer.step * self.config.batch
             batch = order[at : at + self.config.batch]
@@ -130,7 +145,30 @@ class Finetuning:
             message = f"step {trainer.step}: KL {loss:.4f}"
             self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, layer=message))
             if trainer.check_is_due():
+                if turns:
+                    self._end_turn(student, trainer, turns)
                 self._check(student, trainer)
+
+    def _end_turn(self, student: Student, trainer: Trainer, turns: MoveTurns) -> None:
+        """Moves indices, judged by the sequences that come next, and begins the next turn."""
+        turn, began, batch = len(trainer.history) - 1, trainer.history[-1][0], self.config.batch
+        order = self._order(trainer.steps * batch + len(self.tokens))  # there are some behind the last step as well
+        seen = order[began * batch : trainer.step * batch]
+        judges = [i for i in dict.fromkeys(order[trainer.step * batch :]) if i not in seen][:JUDGES]
+        if judges:
+            came = turns.end(turn, len(seen), lambda: sum(self._divergence(student, i) for i in judges) / len(judges))
+            line = f"step {trainer.step}: {came}"
+            self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line))
+        turns.begin(turn + 1)
+
+    def _moved(self, student: Student, best: Mapping[str, Tensor]) -> int:
+        """How many vectors have other indices in `best` than in the folder."""
+        stored, moved = Checkpoint.open(self.folder), 0
+        for path, layer in (pair for block in student.blocks for pair in block.items() if best):
+            tensors = {name: best.get(f"{path}.{name}", p.detach().cpu()) for name, p in layer.named_parameters()}
+            kept = QuantizedWeight.from_tensors(layer.config, tensors)
+            moved += differing(stored.load_layer(path), kept)
+        return moved
 
     def _check(self, student: Student, trainer: Trainer) -> float:
         held = range(len(self.tokens) - self.held_out, len(self.tokens))

@@ -1,7 +1,7 @@
 """Finetuning a quantized folder that is there already, whoever made it: `vptq finetune DIR MODEL -o OUT`.
 
-Most published VPTQ models were never finetuned. Their indices stay as they are, and so do size and format; what is
-written is the folder again with other codebooks, scales and norms (`finetune.py`).
+Most published VPTQ models were never finetuned. Size and format stay as they are; what is written is the folder again
+with other codebooks, scales and norms, and other indices if that is asked for (`finetune.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor
 from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
 from vptq.errors import ConfigError
 from vptq.linear import VQuantLinear
+from vptq.packing import change_carrier
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.card import save_card
 from vptq.quantize.finetune import FinetuneReport, Finetuning, held_out_for
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.report import ProgressCallback, load_report, save_report
-from vptq.quantize.setup import check_output, check_text_size, checked_calibration, checked_device
+from vptq.quantize.setup import check_output, check_share, check_text_size, checked_calibration, checked_device
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles, tied_weights
@@ -43,6 +44,7 @@ def finetune(
     seqlen: int = 2048,
     seed: int = 0,
     device: str | torch.device = "auto",
+    move_indices: float = 0.0,
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback | None = None,
@@ -58,6 +60,7 @@ def finetune(
         seqlen: tokens a sequence.
         seed: of the sampled text and of the order of sequences.
         device: "auto" (CUDA when there is one), "cpu", "cuda:1", ...
+        move_indices: share of all vectors that may get other indices on the way, such as 0.01; 0 for none.
         overwrite: replace an output folder that exists.
         resume: go on with an interrupted run.
         progress: told about every step.
@@ -71,6 +74,7 @@ def finetune(
     folder, output, tell = Path(folder), Path(output_dir), progress or (lambda event: None)
     check_output(output, overwrite=overwrite, resume=resume)
     check_text_size(sequences, seqlen)
+    check_share(move_indices)
     text, place, workspace = checked_calibration(str(calibration)), checked_device(device), Workspace(output)
     stored = _stored_dtype(folder)
     source = resolve_model(original)
@@ -82,6 +86,7 @@ def finetune(
     settings = {
         **{"folder": str(folder.resolve()), "model": str(source), "calibration": text, "sequences": sequences},
         **{"seqlen": seqlen, "seed": seed, "device": place.type, "training": dataclasses.asdict(training)},
+        "move_indices": move_indices,
     }
     workspace.open(settings, overwrite=overwrite, resume=resume)
 
@@ -96,7 +101,7 @@ def finetune(
         tokens, _ = workspace.tokens(make)
         run = Finetuning(
             folder, skeleton, tokens, min(held_out, len(tokens) // 2), workspace.folder, stored, place, seed, training,
-            tell,
+            tell, move_indices,
         )  # fmt: skip
         done, trained = run.run()
     except ConfigError:
@@ -156,7 +161,7 @@ def _write(
     """The folder again with the trained tensors in place of its own, and reports that say so."""
     files = WeightFiles(folder)
     with staged_folder(output, overwrite) as staging:
-        save_tensors(staging, ((n, trained[n].to(files.load(n)) if n in trained else files.load(n)) for n in files))
+        save_tensors(staging, ((name, _replaced(files.load(name), trained.get(name))) for name in files))
         for path in folder.iterdir():
             if path.is_file() and ".safetensors" not in path.name:
                 shutil.copy2(path, staging)
@@ -166,3 +171,10 @@ def _write(
             report.finetuning = dataclasses.asdict(done)
             save_report(report, staging)
             save_card(report, staging, base_model)
+
+
+def _replaced(stored: Tensor, trained: Tensor | None) -> Tensor:
+    """A trained tensor the way the stored one is; indices keep the carrier they came in."""
+    if trained is None:
+        return stored
+    return trained.to(stored) if trained.is_floating_point() else change_carrier(trained, stored.dtype)

@@ -62,6 +62,7 @@ class Job:
     resume: bool
     absorb_perm: bool
     finetune: str
+    move_indices: float
     rotate: bool
     solver: SolverConfig
     training: TrainingConfig
@@ -112,6 +113,7 @@ class Job:
             "hessian": self.hessian,
             "absorb_perm": self.absorb_perm,
             "finetune": self.finetune,
+            "move_indices": self.move_indices,
             "rotate": self.rotate,
             "lm_head": dataclasses.asdict(self.lm_head) if isinstance(self.lm_head, QuantSpec) else self.lm_head,
             "solver": dataclasses.asdict(self.solver),

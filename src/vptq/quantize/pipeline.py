@@ -58,6 +58,7 @@ def quantize(
     resume: bool = False,
     absorb_perm: bool = True,
     finetune: str = "none",
+    move_indices: float = 0.0,
     rotate: bool = False,
     lm_head: str | QuantSpec | None = None,
     progress: ProgressCallback | None = None,
@@ -89,6 +90,8 @@ def quantize(
         absorb_perm: fold the permutation into the indices where the format allows it.
         finetune: "none"; "block": train each block's codebooks, scales and norms when it has been quantized; "e2e":
             train those of the whole model at the end; or "both".
+        move_indices: share of all vectors that may get other indices while the whole model is trained, such as 0.01; 0
+            for none.
         rotate: fold random rotations into the weights first, which changes no output of the model and spreads its
             outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
         lm_head: spec of the output head, or "auto" with a budget; None leaves it as it is. One that is tied to the
@@ -108,7 +111,8 @@ def quantize(
         model, Path(output_dir), spec, calibration=str(calibration), sequences=sequences, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
-        absorb_perm=absorb_perm, finetune=finetune, rotate=rotate, budget=Budget.read(bits, size), lm_head=lm_head,
+        absorb_perm=absorb_perm, finetune=finetune, move_indices=move_indices, rotate=rotate,
+        budget=Budget.read(bits, size), lm_head=lm_head,
     )  # fmt: skip
     check_head(job)
     check_budget(job)
@@ -167,7 +171,7 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
             write_output(job, untrained, skeleton, configs, report)
         training = Finetuning(
             untrained, skeleton, text.tokens, text.held_out, job.workspace.folder, job.dtype, job.device, job.seed,
-            job.training, progress,
+            job.training, progress, job.move_indices,
         )  # fmt: skip
         done, trained = training.run()
         report.finetuning = asdict(done)
@@ -193,10 +197,11 @@ def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _
         return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir}")
     tokens, facts = job.calibration_tokens(progress)
     warnings += [facts["warning"]] if facts["warning"] else []
-    if job.trains_end_to_end and len(tokens) < 2:
+    needed = 3 if job.move_indices else 2
+    if job.trains_end_to_end and len(tokens) < needed:
         raise CalibrationError(
-            f"--finetune {job.finetune} judges by text that it does not train on, but there is only one sequence; "
-            "give a longer --calibration text, or a smaller --seqlen"
+            f"--finetune {job.finetune} judges by text that it does not train on: it needs {needed} sequences, but "
+            f"there are only {len(tokens)}; give a longer --calibration text, or a smaller --seqlen"
         )
     held_out = min(job.held_out, len(tokens) // 2)
     description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir}"

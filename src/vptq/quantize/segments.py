@@ -11,7 +11,7 @@ weighing the error of the normalized weight with diag(s) H diag(s), and cannot b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vptq.ops import assign_columns
 from vptq.ops.columns import cut, join
+from vptq.weight import QuantizedWeight
 
 
 @dataclass
@@ -45,6 +46,15 @@ class Segment:
     def vectors_per_column(self) -> int:
         """R, the last one padded where the rows do not divide."""
         return -(-self.out_features // self.vector_len)
+
+    def parts(self, columns: int) -> Iterator[Segment]:
+        """The same columns in runs of so many, in turn."""
+        for start in range(0, self.stop - self.start, columns):
+            at = slice(start, min(start + columns, self.stop - self.start))
+            yield Segment(
+                self.start + at.start, self.start + at.stop, self.vector_len, self.out_features, self.scale[at],
+                self.shift[at], self.stages, [index[at] for index in self.indices],
+            )  # fmt: skip
 
     def cut(self, columns: Tensor) -> Tensor:
         """[n, out_features] -> [n * vectors_per_column, vector_len]; the last vector is padded with zeros."""
@@ -112,6 +122,34 @@ class Segment:
             residual_indices[0] if residual else None,
             beam,
         )
+
+
+def segments_of(weight: QuantizedWeight) -> list[Segment]:
+    """The runs of columns of a quantized weight, in quantized order; their indices are views of the weight's."""
+    runs = [([book], [indices]) for book, indices in zip(weight.codebook, weight.indices, strict=True)]
+    if weight.residual_codebook is not None and weight.residual_indices is not None:
+        for run, book, indices in zip(runs, weight.residual_codebook, weight.residual_indices, strict=True):
+            run[0].append(book)
+            run[1].append(indices)
+    if weight.outlier_codebook is not None and weight.outlier_indices is not None:
+        runs.insert(0, ([weight.outlier_codebook], [weight.outlier_indices]))
+
+    width, device = weight.config.in_features, weight.codebook.device
+    order = torch.arange(width, device=device) if weight.perm is None else weight.perm
+    scale, shift = torch.ones(width, device=device), torch.zeros(width, device=device)
+    if weight.weight_scale is not None and weight.weight_bias is not None:
+        scale, shift = weight.weight_scale.float()[order], weight.weight_bias.float()[order]
+    segments, start = [], 0
+    for books, stages in runs:
+        at = slice(start, start + stages[0].shape[1])
+        segments.append(
+            Segment(
+                at.start, at.stop, books[0].shape[1], weight.config.out_features, scale[at], shift[at],
+                [book.float() for book in books], [indices.T for indices in stages],
+            )
+        )  # fmt: skip
+        start = at.stop
+    return segments
 
 
 def decode_all(segments: Sequence[Segment]) -> Tensor:

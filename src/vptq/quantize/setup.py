@@ -47,6 +47,7 @@ def prepare(
     resume: bool = False,
     absorb_perm: bool = True,
     finetune: str = "none",
+    move_indices: float = 0.0,
     rotate: bool = False,
     budget: Budget | None = None,
     lm_head: str | QuantSpec | None = None,
@@ -81,6 +82,12 @@ def prepare(
             f"--finetune {finetune} trains on what the quantized model computes, which "
             f"{'--hessian-dir' if hessian_dir is not None else '--hessian-inputs original'} does without; "
             "choose --finetune e2e, or --hessian-inputs both or quantized"
+        )
+    check_share(move_indices)
+    if move_indices and finetune not in ("e2e", "both"):
+        raise ConfigError(
+            f"--move-indices is {move_indices:g}, and indices move while the whole model is trained; add --finetune "
+            "e2e or --finetune both"
         )
     check_text_size(sequences, seqlen)
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -118,6 +125,7 @@ def prepare(
         resume=resume,
         absorb_perm=absorb_perm,
         finetune=finetune,
+        move_indices=move_indices,
         rotate=rotate,
         solver=SolverConfig(),
         training=TrainingConfig(),
@@ -141,6 +149,14 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise ConfigError(f"{output} exists; choose another folder, or give --overwrite or --resume")
     if output.exists() and resume:
         raise ConfigError(f"{output} is finished; there is nothing to resume")
+
+
+def check_share(move_indices: float) -> None:
+    """Raises ConfigError where --move-indices is no share."""
+    if not 0.0 <= move_indices <= 1.0:
+        raise ConfigError(
+            f"--move-indices is {move_indices:g}, a share of all vectors; choose 0 (none) to 1, such as 0.01"
+        )
 
 
 def check_text_size(sequences: int, seqlen: int) -> None:

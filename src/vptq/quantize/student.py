@@ -30,6 +30,7 @@ class Student:
 
     Attributes:
         model: the transformers model, in eval mode, float32.
+        blocks: the quantized layers of each decoder block, by their path in the model.
     """
 
     def __init__(self, folder: Path, device: torch.device, original: Skeleton) -> None:
@@ -59,7 +60,11 @@ class Student:
                 self.model.set_submodule(path, layer)
         skeleton.load_everything(torch.float32)
         self.device = device
-        for block in skeleton.blocks:
+        self.blocks: list[dict[str, VQuantLinear]] = []
+        for number, block in enumerate(skeleton.blocks):
+            prefix = f"{skeleton.blocks_name}.{number}."
+            quantized = {f"{prefix}{path}": m for path, m in block.named_modules() if isinstance(m, VQuantLinear)}
+            self.blocks.append(quantized)
             recompute(block)
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -73,8 +73,10 @@ class Trainer:
         parameters: what is trained, by name; float32.
         dtype: what they are rounded to when they are stored.
         steps: how many there will be.
+        indices: tensors that others change in place between steps, by name: part of the state, neither trained nor
+            rounded.
         step: how many there were.
-        best: the best state, in `dtype`.
+        best: the best state, parameters in `dtype`.
         history: (step, held-out loss) of every check.
     """
 
@@ -82,6 +84,7 @@ class Trainer:
     dtype: torch.dtype
     config: TrainingConfig
     steps: int
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -110,6 +113,7 @@ class Trainer:
             loss = loss if math.isfinite(loss) else math.inf
             if not self.history or loss < min(past for _, past in self.history):
                 self.best = {name: p.detach().to("cpu", self.dtype, copy=True) for name, p in self.parameters.items()}
+                self.best |= {name: index.to("cpu", copy=True) for name, index in self.indices.items()}
         self.history.append((self.step, loss))
         return loss
 
@@ -127,6 +131,7 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Everything that `restore` needs, in place of what is there."""
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"now/{name}": index for name, index in self.indices.items()}
         for name, parameter in self.parameters.items():
             tensors[f"now/{name}"] = parameter.detach()
             tensors |= {f"{key}/{name}": moment for key, moment in self._adam.state[parameter].items()}
@@ -140,9 +145,10 @@ class Trainer:
             return
         files, steps = WeightFiles(folder), json.loads((folder / "steps.json").read_text(encoding="utf-8"))
         self.step, self.history = steps["step"], [(step, loss) for step, loss in steps["history"]]
-        for name, parameter in self.parameters.items():
-            parameter.detach().copy_(files.load(f"now/{name}"))
+        for name, tensor in (*self.parameters.items(), *self.indices.items()):
+            tensor.detach().copy_(files.load(f"now/{name}"))
             self.best[name] = files.load(f"best/{name}")
+        for name, parameter in self.parameters.items():
             for key in ADAM_STATE if self.step else ():
                 stored = files.load(f"{key}/{name}")
                 self._adam.state[parameter][key] = stored if key == "step" else stored.to(parameter.device)
