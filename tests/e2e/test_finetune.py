@@ -93,9 +93,10 @@ def test_the_student_measures_what_whole_logits_give(untrained: Path, tiny_model
     )
 
 
-def test_all_of_the_student_is_on_its_device(untrained: Path) -> None:
+def test_all_of_the_student_is_on_its_device(untrained: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     """Buffers that no file holds are made on the CPU. The meta device stands in for a GPU here."""
-    student = Student(untrained, torch.device("meta"))
+    original = job_for(tiny_model_folder, tmp_path / "out").open_skeleton()
+    student = Student(untrained, torch.device("meta"), original)
     tensors = [*student.model.named_parameters(), *student.model.named_buffers()]
     assert any("inv_freq" in name for name, _ in tensors)
     assert not [name for name, tensor in tensors if not tensor.is_meta]

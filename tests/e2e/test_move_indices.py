@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_zoo import job_for
 
 import vptq
 from vptq.checkpoint import Checkpoint
@@ -121,9 +122,12 @@ def test_moves_that_do_harm_leave_no_trace(
     assert files_of(tmp_path / "out") == files_of(resting[0])
 
 
-def test_gradients_are_those_of_the_blocks_whose_turn_it_is(quantized: Path, tiny_model_folder: Path) -> None:
+def test_gradients_are_those_of_the_blocks_whose_turn_it_is(
+    quantized: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
     """A column's bias gets the sum of its column's gradients: once, though blocks run twice."""
-    student, tokens = Student(quantized, torch.device("cpu")), torch.arange(3, 51).view(2, 24)
+    original = job_for(tiny_model_folder, tmp_path / "out").open_skeleton()
+    student, tokens = Student(quantized, torch.device("cpu"), original), torch.arange(3, 51).view(2, 24)
     turns = MoveTurns(student, SHARE, turns=8)
     student.trained()
     targets = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
