@@ -11,6 +11,8 @@ pytest.importorskip("uvicorn", reason="the extra is not installed: pip install '
 
 import openai
 
+from vptq.serve.protocol import Message
+
 QUESTION: Any = [{"role": "user", "content": "ba de fi"}]
 
 
@@ -120,6 +122,7 @@ def test_text_parts_and_developer_messages_reach_the_template(serve: Any) -> Non
         )
         for role, content in (("system", "ba de fi"), ("developer", parts))
     ]
+    assert Message(role="developer", content=parts).for_template() == {"role": "system", "content": "ba de fi"}
     assert answers[0].choices == answers[1].choices
     assert answers[0].usage == answers[1].usage
 

@@ -62,6 +62,9 @@ class Chat:
         async for piece in answer.pieces():
             text += piece
             yield text, "answering"
+        if not text:
+            yield "", "The model ended its answer without a word"
+            return
         seconds = time.perf_counter() - began
         speed = f", {(answer.finish.tokens - 1) / seconds:.1f} tokens/s" if answer.finish.tokens > 1 else ""
         cut = ", cut there" if answer.finish.reason == "length" else ""

@@ -65,5 +65,6 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool = False, wa
             app_kwargs={"middleware": [Middleware(ContentPolicy)]},
         )
     except OSError as error:
-        raise ConfigError(f"cannot listen at --host {host} --port {port}: {error}; choose another") from error
+        message = f"cannot listen at --host {host} --port {port}: in use, or not this machine's; choose another"
+        raise ConfigError(message) from error
     return str(url)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-# Two minutes, a sample a second.
-SAMPLES = 120
+# How far back the charts go.
+SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,13 @@ class Sample:
 
 
 class Monitor:
-    """Samples taken while somebody looks; all who look see the same ones."""
+    """Samples taken while somebody looks; all who look see the same ones.
+
+    For one thread: psutil measures CPU use since the same thread asked before.
+    """
 
     def __init__(self) -> None:
-        self.samples: deque[Sample] = deque(maxlen=SAMPLES)
+        self.samples: deque[Sample] = deque()
         self.device = "GPU" if torch.cuda.is_available() else "CPU"
         self._process = psutil.Process()
         self._tokens = 0
@@ -52,6 +55,8 @@ class Monitor:
         speed = (tokens - self._tokens) / (now - before)
         self._tokens = tokens
         self.samples.append(Sample(now, self._busy(), self._memory(), speed))
+        while self.samples[0].when < now - SECONDS:
+            self.samples.popleft()
 
     def _busy(self) -> float:
         if self.device == "CPU":

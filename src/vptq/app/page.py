@@ -10,7 +10,7 @@ import pandas as pd
 
 from vptq.app.chat import Chat
 from vptq.app.models import Choice
-from vptq.app.monitor import Monitor
+from vptq.app.monitor import SECONDS, Monitor
 from vptq.engine import Engine
 from vptq.generation import Sampling
 
@@ -58,7 +58,15 @@ def make_page(choices: Sequence[Choice], engine: Engine, chat: Chat, monitor: Mo
                 top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
         with gr.Row():
             charts = [
-                gr.LinePlot(x="seconds", y=name, title=name, height=150, x_lim=[-120, 0], elem_id=f"chart-{number}")
+                gr.LinePlot(
+                    x="seconds",
+                    y=name,
+                    title=name,
+                    height=170,
+                    x_lim=[-SECONDS, 0],
+                    y_lim=[0, 100 if name.endswith("(%)") else None],
+                    elem_id=f"chart-{number}",
+                )
                 for number, name in enumerate(_chart_names(monitor))
             ]
         settings = [left_model, right_model, beside, system, tokens, temperature, top_p]
@@ -107,7 +115,8 @@ def make_page(choices: Sequence[Choice], engine: Engine, chat: Chat, monitor: Mo
         left_model.change(lambda: ([], ""), None, [left, left_status], queue=False, cancels=[answering])
         right_model.change(lambda: ([], ""), None, [right, right_status], queue=False, cancels=[answering])
 
-        def draw() -> list[pd.DataFrame]:
+        # A coroutine, so that it always runs in the same thread: see Monitor.
+        async def draw() -> list[pd.DataFrame]:
             monitor.sample(engine.tokens)
             return _charts(monitor)
 
