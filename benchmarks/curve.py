@@ -148,6 +148,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     kinds = {"none": ("vptq, no finetuning", "o-", "tab:blue"), "e2e": ("vptq, finetuned", "o-", "tab:green")}
     for kind, (label, style, color) in kinds.items():
         ours = [row for row in rows if row["finetune"] == kind]
+        if not ours:
+            continue
         for axes, key in ((left, "test_perplexity"), (right, "test_divergence")):
             axes.plot([r["bits_per_weight"] for r in ours], [r[key] for r in ours], style, color=color, label=label)
         bits = [row["bits_per_weight"] for row in ours]
@@ -157,9 +159,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     if "test_perplexity" in rows[0]:
         left.axhline(rows[0]["test_perplexity"], color="black", linewidth=0.8, linestyle="--", label="the original")
     left.set(yscale="log", ylabel="perplexity, WikiText-2 test", yticks=[20, 30, 50, 100, 170])
-    left.get_yaxis().set_major_formatter("{x:g}")
-    right.set(yscale="log", ylabel="KL to the original, nats a token")
+    right.set(yscale="log", ylabel="KL to the original, nats a token", yticks=[0.05, 0.1, 0.2, 0.5, 1, 2])
     for axes in (left, right):
+        axes.get_yaxis().set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set(xlabel="true bits per weight")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
