@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ Run = Callable[[tuple[int, ...], int, int, Sequence[Tensor | int | None]], None]
 """Launches a kernel: grid, threads of a block, bytes of shared memory, arguments."""
 
 
+@cache
 def missing() -> str:
     """Why kernels cannot be compiled here and what to do; empty where they can, as far as importing nothing tells."""
+    if os.environ.get("VPTQ_BACKEND") == "triton":
+        return "VPTQ_BACKEND=triton"
     for module in ("cuda", "cuda.core", "cuda.bindings"):
         if find_spec(module) is None:
             return "cuda-core is not installed; pip install 'vptq[cuda]'"
@@ -120,15 +123,23 @@ class _CurrentStream:
         return 0, torch.cuda.current_stream().cuda_stream
 
 
+@lru_cache(maxsize=4096)
+def _config(grid: tuple[int, ...], threads: int, shared_bytes: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+
+
+@cache
 def _runner(kernel: Any) -> Run:
-    from cuda.core import LaunchConfig, launch
+    from cuda.core import launch
     from numpy import int32
 
     def run(grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]) -> None:
         values = [
             int32(value) if isinstance(value, int) else 0 if value is None else value.data_ptr() for value in arguments
         ]
-        launch(_STREAM, LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes), kernel, *values)
+        launch(_STREAM, _config(grid, threads, shared_bytes), kernel, *values)
 
     return run
 

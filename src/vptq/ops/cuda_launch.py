@@ -13,9 +13,7 @@ from vptq.ops.triton_layer import LayerSizes
 _failed: set[object] = set()
 
 
-def decode(
-    x: Tensor, stored: dict[str, Tensor | None], bias: Tensor | None, sizes: LayerSizes
-) -> Tensor | None:
+def decode(x: Tensor, stored: dict[str, Tensor | None], bias: Tensor | None, sizes: LayerSizes) -> Tensor | None:
     """x W^T + bias for x [1 to 8 tokens, in_features], or None where Triton has to do it.
 
     That is where the kernels cannot be compiled, which is told once, and in the capture of a CUDA graph before a layer of
@@ -33,9 +31,7 @@ def decode(
     if kind is None or kind in _failed or (perm is not None and perm.dtype != torch.int16) or not _aligned(stored):
         return None
     arguments = sizes.arguments
-    plan = cuda_plan.plan(
-        kind, len(x), arguments["out_features"], arguments["GROUPS"], arguments["group_size"], card
-    )
+    plan = cuda_plan.plan(kind, len(x), arguments["out_features"], arguments["GROUPS"], arguments["group_size"], card)
     try:
         kernels = cuda_compile.kernels(kind, plan.tokens, x.device)
     except Exception as error:  # NVRTC, the driver and cuda-core each have their own errors

@@ -116,15 +116,13 @@ class Plan:
     across: int
 
 
-def obstacle(
-    vector_len: int, index_bits: tuple[int, int], dtype: torch.dtype, outliers: bool, capability: tuple[int, int]
-) -> str:
+def obstacle(vector_len: int, dtype: torch.dtype, packed: bool, outliers: bool, capability: tuple[int, int]) -> str:
     """Why the kernel does not take a layer, which Triton then does; empty where it does.
 
     Args:
         vector_len: v.
-        index_bits: Of the packed main and residual index; zeros for unpacked indices.
         dtype: The layer's float dtype.
+        packed: Its indices are.
         outliers: It has outlier columns.
         capability: The GPU's compute capability.
     """
@@ -134,9 +132,25 @@ def obstacle(
         return f"{str(dtype).removeprefix('torch.')} layers have no CUDA kernel"
     if vector_len not in VECTOR_LENS:
         return f"vectors of {vector_len} have no CUDA kernel ({', '.join(map(str, VECTOR_LENS))} do)"
-    if not index_bits[0]:
+    if not packed:
         return "unpacked indices have no CUDA kernel"
     return "outlier columns have no CUDA kernel" if outliers else ""
+
+
+def describe(kind: Kind | None) -> str:
+    """Where a kind's codebooks lie, for people to read."""
+    if kind is None:
+        return "not even its indices fit the shared memory of this GPU"
+    places = [_place("main", kind.copies)]
+    if kind.residual_bits:
+        places.append(_place("residual", kind.residual_copies))
+    return ", ".join(places)
+
+
+def _place(name: str, copies: int) -> str:
+    if not copies:
+        return f"{name} codebook in the second-level cache"
+    return f"{name} codebook in shared memory" + (f" {copies} times" if copies > 1 else "")
 
 
 @lru_cache
@@ -166,9 +180,7 @@ def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, 
 
 
 @lru_cache(maxsize=4096)
-def plan(
-    kind: Kind, tokens: int, out_features: int, groups: int, group_size: int, card: Card
-) -> Plan:
+def plan(kind: Kind, tokens: int, out_features: int, groups: int, group_size: int, card: Card) -> Plan:
     """The launch for so many tokens (1 to 8) of a layer.
 
     Args:
