@@ -1,8 +1,9 @@
 """Compiles the CUDA kernels at first use, by NVRTC through cuda-core, and keeps what it compiled on disk.
 
 NVRTC is a library of one wheel, so an installation needs neither a compiler nor a toolkit. cuda-core's own cache of
-programs keeps the binaries in `vptq/cuda` under $XDG_CACHE_HOME (~/.cache), by source, parameters, compute capability and
-NVRTC's version; it writes a file under another name and renames it. Deleting the folder costs the time to compile again.
+programs keeps the binaries in `vptq/cuda` under $XDG_CACHE_HOME (~/.cache), by source, parameters, compute capability
+and NVRTC's version; it writes a file under another name and renames it. Deleting the folder costs the time to compile
+again.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def compile_kernel(parameters: str, architecture: str, log: Any = None, options:
 def card(device: torch.device) -> Card:
     """What a device is, for `cuda_plan`."""
     properties = torch.cuda.get_device_properties(device)
-    return Card(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Card(properties.multi_processor_count, shared_bytes)
 
 
 @cache

@@ -16,8 +16,8 @@ _failed: set[object] = set()
 def decode(x: Tensor, stored: dict[str, Tensor | None], bias: Tensor | None, sizes: LayerSizes) -> Tensor | None:
     """x W^T + bias for x [1 to 8 tokens, in_features], or None where Triton has to do it.
 
-    That is where the kernels cannot be compiled, which is told once, and in the capture of a CUDA graph before a layer of
-    this kind was ever run.
+    That is where the kernels cannot be compiled, which is told once, and in the capture of a CUDA graph before a layer
+    of this kind was ever run.
 
     Args:
         x: Contiguous.

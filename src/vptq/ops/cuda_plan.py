@@ -1,8 +1,8 @@
 """How a layer is cut for the CUDA decode kernel: where its codebooks lie, and what each block does. Arithmetic only.
 
 The kernel (`cuda/decode.cu`) looks vectors up in shared memory, which Triton cannot. A codebook lies there in as many
-copies as fit: with one for each group of banks (8 at vectors of 16 bytes, 16 at 8) no two lookups collide. One that does
-not fit, such as 65536 vectors of 8 (1 MB), stays in global memory, served by the second-level cache.
+copies as fit: with one for each group of banks (8 at vectors of 16 bytes, 16 at 8) no two lookups collide. One that
+does not fit, such as 65536 vectors of 8 (1 MB), stays in global memory, served by the second-level cache.
 
 Nothing here was measured on a GPU. What each choice should cost is in docs/performance.md.
 """
@@ -24,6 +24,8 @@ OLDEST = (7, 0)
 """The first compute capability whose threads progress one by one, as the kernel's warps expect."""
 STEP = 256
 """Columns of a warp's step, `kStepColumns`."""
+COPIED_BYTES = 64 << 10
+"""Of one codebook's copies, at most: a second of 4096 vectors of 8 would spare a tenth of the collisions on paper."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,10 @@ def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, 
         grown = False
         for name in sorted(books, key=books.__getitem__):
             more = copies[name] or 1
-            if copies[name] < 128 // _piece(vector_len) and more * books[name] <= room:
+            useful = not copies[name] or (
+                copies[name] < 128 // _piece(vector_len) and 2 * more * books[name] <= COPIED_BYTES
+            )
+            if useful and more * books[name] <= room:
                 copies[name] += more
                 room -= more * books[name]
                 grown = True

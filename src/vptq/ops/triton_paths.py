@@ -1,8 +1,8 @@
 """Which way a layer is multiplied on a GPU: the crossovers, in one place, without Triton.
 
-Four ways. "cuda": codebooks in shared memory, on NVIDIA GPUs with cuda-core, for the few tokens of decoding. "vector": a
-Triton kernel for one token that sums in float32 registers. "tiles": tensor cores multiply each tile of the weight as it
-is looked up; the lookups, which bind, are paid once for all tokens of a block. "dense": dequantize once, then the
+Four ways. "cuda": codebooks in shared memory, on NVIDIA GPUs with cuda-core, for the few tokens of decoding. "vector":
+a Triton kernel for one token that sums in float32 registers. "tiles": tensor cores multiply each tile of the weight as
+it is looked up; the lookups, which bind, are paid once for all tokens of a block. "dense": dequantize once, then the
 vendor's matrix multiplication. PyTorch's own code is a fifth, for what the kernels do not take.
 
 The crossovers follow from a model (docs/performance.md) and were not measured on a GPU. `make gpu` times all ways and
