@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from layer_checks import assert_close
 from triton_layers import layer_of
 
 from vptq.config import LayerConfig
-from vptq.ops import cuda_launch
+from vptq.ops import cuda_launch, triton_ops
 from vptq.ops.cuda_plan import TOKENS, Card
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -119,3 +120,53 @@ def test_an_unaligned_codebook_is_left_to_triton(device: str) -> None:
     moved.copy_(book)
     layer.centroids.weight.data = moved
     assert decode(layer, torch.ones(1, 270).half()) is None
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_the_operator_uses_it_up_to_eight_tokens(
+    device: str, kernels: AsCpp | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU as if it were a GPU of the newest kind; what the kernel declines, Triton does."""
+    config = LayerConfig(270, 24, 8, 64, bias=True)
+    layer, stored = layer_of(config, torch.float16, device)
+    from vptq.ops import triton_launch
+
+    took: list[str] = []
+    if kernels is not None:
+        monkeypatch.setattr(triton_ops, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
+    for module, name in ((cuda_launch, "decode"), (triton_launch, "vector"), (triton_launch, "tiles")):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=launch: (took.append(n), f(*a))[1])
+
+    def run(tokens: int) -> None:
+        x = torch.randn(tokens, 270).half()
+        y = triton_ops.linear(x.to(layer.indices.device), *layer._stored(), layer.bias, *layer._sizes)
+        assert_close(y.cpu(), x, config, stored)
+
+    for tokens in (1, 8, 9):
+        run(tokens)
+    assert took == ["decode", "decode", "tiles"]
+    monkeypatch.setattr(cuda_launch, "decode", lambda *_: None)
+    took.clear()
+    for tokens in (1, 2):
+        run(tokens)
+    assert took == ["vector", "tiles"]
+
+
+def test_a_cuda_graph_gives_what_the_layer_gives(device: str) -> None:
+    """Captured with another number of tokens than the layer was called with before."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    config = dataclasses.replace(ODD, in_features=3 * 350, num_groups=3, group_size=0)
+    layer, stored = layer_of(config, torch.float16, device)
+    decode(layer, torch.zeros(1, config.in_features).half())
+    x = torch.randn(5, config.in_features).half()
+    on_device = x.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(on_device)
+    y.zero_()
+    graph.replay()
+    assert_close(y.cpu(), x, config, stored)
+    assert torch.equal(y, layer(on_device))
