@@ -1,8 +1,8 @@
-"""GPU inference: the layers of Llama-2-7B and 70B by the Triton kernels, beside PyTorch's float16 `linear`.
+"""GPU inference: the layers of Llama-2-7B and 70B by the CUDA and Triton kernels, beside PyTorch's float16 `linear`.
 
     python benchmarks/gpu.py [--seconds 300] [--configs v8-k4096,...] [--tokens 1,2,...] [--json FILE]
 
-For every config, shape and number of tokens all three ways of `vptq.ops.triton_paths` are timed, so that the table also
+For every config, shape and number of tokens all ways of `vptq.ops.triton_paths` are timed, so that the table also
 says where they cross and what its constants should be. A call is replayed from a CUDA graph, as a serving stack would,
 with the second-level cache flushed before it, as the other layers of a model do; times are medians. What a call costs
 outside a graph, Python included, is told for one layer. Codebooks and indices are random, the worst case for caches.
@@ -35,13 +35,13 @@ from vptq.ops import triton_paths
 from vptq.spec import QuantSpec
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ("v8-k256-256", "v8-k4096", "v6-k4096", "v8-k65536", "v8-k65536-256")
+CONFIGS = ("v8-k256-256", "v4-k256", "v8-k4096", "v6-k4096", "v8-k65536", "v8-k65536-256")
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
-WAYS = (triton_paths.VECTOR, triton_paths.TILES, triton_paths.DENSE)
+WAYS = (triton_paths.CUDA, triton_paths.VECTOR, triton_paths.TILES, triton_paths.DENSE)
 # out x in; 7B first, because what comes last may be left out.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672))
-VECTOR_LIMIT = 8
-"""Tokens from which on one at a time is not worth timing."""
+LIMITS = {triton_paths.CUDA: triton_paths.CUDA_TOKENS, triton_paths.VECTOR: 8}
+"""The most tokens that a way takes, or for which one at a time is worth timing."""
 
 
 def random_layer(name: str, shape: tuple[int, int]) -> VQuantLinear:
@@ -63,6 +63,17 @@ def run(way: str, layer: VQuantLinear, x: Tensor) -> Tensor:
     return triton_ops.multiply(way, x, layer._stored(), layer.bias, layer._sizes)
 
 
+def takes_cuda(layer: VQuantLinear) -> bool:
+    """Whether the CUDA kernel serves a layer; where it does not, `run` would time Triton under its name."""
+    from vptq.ops import cuda_launch
+    from vptq.ops.triton_layer import layer_sizes, signature
+    from vptq.ops.triton_ops import _pointers
+
+    x = torch.zeros(1, layer.in_features, dtype=torch.float16, device="cuda")
+    stored = layer._stored()
+    return cuda_launch.decode(x, _pointers(stored), None, layer_sizes(signature(stored), *layer._sizes)) is not None
+
+
 def compile_tile(job: tuple[str, str, int]) -> None:
     """In a process of its own: has Triton compile a way's kernels of one config with one of their tiles."""
     name, way, number = job
@@ -81,8 +92,8 @@ def compile_tile(job: tuple[str, str, int]) -> None:
 def compile_all(configs: list[str]) -> float:
     from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES
 
-    sizes = dict(zip(WAYS, map(len, (VECTOR_TILES, MATRIX_TILES, DENSE_TILES)), strict=True))
-    jobs = [(name, way, number) for way in WAYS for number in range(sizes[way]) for name in configs]
+    sizes = dict(zip(WAYS[1:], map(len, (VECTOR_TILES, MATRIX_TILES, DENSE_TILES)), strict=True))
+    jobs = [(name, way, number) for way in sizes for number in range(sizes[way]) for name in configs]
     began = time.monotonic()
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -125,11 +136,12 @@ def bandwidth() -> float:
 def measure(name: str, shape: tuple[int, int], tokens: tuple[int, ...], fp16: dict[int, float]) -> list[dict[str, Any]]:
     layer, rows = random_layer(name, shape), []
     stored = sum(parameter.nbytes for parameter in layer.parameters())
+    decodes = takes_cuda(layer)
     for count in tokens:
         x = torch.randn(count, shape[1], dtype=torch.float16, device="cuda")
-        ways = [way for way in WAYS if way != triton_paths.VECTOR or count <= VECTOR_LIMIT]
+        ways = [way for way in WAYS if count <= LIMITS.get(way, count) and (way != triton_paths.CUDA or decodes)]
         times = {way: microseconds(partial(run, way, layer, x)) for way in ways}
-        served = triton_paths.choose(count)
+        served = triton_paths.choose(count, decodes)
         rows.append(
             {
                 "config": name,
@@ -158,9 +170,14 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[str, int]:
         some = [row["microseconds"] for row in rows if row["tokens"] == count]
         totals = {way: sum(times[way] for times in some) for way in WAYS if all(way in times for times in some)}
         fastest[count] = min(totals, key=lambda way: totals[way])
-    vector = [count for count, way in fastest.items() if way == triton_paths.VECTOR]
+    cuda = [count for count, way in fastest.items() if way == triton_paths.CUDA]
+    vector = [count for count, way in fastest.items() if way in (triton_paths.CUDA, triton_paths.VECTOR)]
     tiles = [count for count, way in fastest.items() if way != triton_paths.DENSE]
-    return {"VECTOR_TOKENS": max(vector, default=0), "TILE_TOKENS": max(tiles, default=0)}
+    return {
+        "CUDA_TOKENS": max(cuda, default=0),
+        "VECTOR_TOKENS": max(vector, default=0),
+        "TILE_TOKENS": max(tiles, default=0),
+    }
 
 
 def commit() -> str:
@@ -197,7 +214,9 @@ def main() -> None:
         "triton": triton.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "commit": commit(),
-        "crossovers_used": {"VECTOR_TOKENS": triton_paths.VECTOR_TOKENS, "TILE_TOKENS": triton_paths.TILE_TOKENS},
+        "crossovers_used": {
+            name: getattr(triton_paths, name) for name in ("CUDA_TOKENS", "VECTOR_TOKENS", "TILE_TOKENS")
+        },
         "compile_seconds": compile_all(configs),
     }
     rows: list[dict[str, Any]] = []

@@ -38,12 +38,17 @@ def test_without_a_gpu_it_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPat
 def test_rows_compare_the_way_that_serves_with_float16(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     config = QuantSpec.parse("v8-k16").for_layer(24, 40, False)
     layer = VQuantLinear.from_weight(random_weight(config, torch.float16), torch.float16)
-    took = {"vector": 2.0, "tiles": 4.0, "dense": 8.0}
+    took = {"cuda": 1.0, "vector": 2.0, "tiles": 4.0, "dense": 8.0}
+    monkeypatch.setattr(gpu, "takes_cuda", lambda layer: decodes)
     monkeypatch.setattr(gpu, "random_layer", lambda name, shape: layer)
     monkeypatch.setattr(gpu, "run", lambda way, layer, x: took[way])
     monkeypatch.setattr(gpu, "microseconds", lambda work: work())
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, device, **rest: randn(*size, **rest))
+    decodes = True
+    (row,) = gpu.measure("v8-k16", (40, 24), (1,), {1: 10.0})
+    assert (row["served"], row["times_fp16"], len(row["microseconds"])) == ("cuda", 10.0, 4)
+    decodes = False
     rows = gpu.measure("v8-k16", (40, 24), (1, 16, 512), {1: 10.0, 16: 12.0, 512: 80.0})
     assert [(row["served"], row["times_fp16"]) for row in rows] == [("vector", 5.0), ("tiles", 3.0), ("dense", 10.0)]
     assert [sorted(row["microseconds"]) for row in rows] == [["dense", "tiles", "vector"], *[["dense", "tiles"]] * 2]
@@ -54,17 +59,18 @@ def test_rows_compare_the_way_that_serves_with_float16(gpu: ModuleType, monkeypa
 @pytest.mark.parametrize(
     ("fastest", "expected"),
     [
-        ({1: "vector", 2: "tiles", 64: "tiles", 512: "dense"}, (1, 64)),
-        ({1: "vector", 2: "vector", 64: "dense", 512: "dense"}, (2, 2)),
-        ({1: "tiles", 2: "tiles", 64: "tiles", 512: "tiles"}, (0, 512)),
+        ({1: "vector", 2: "tiles", 64: "tiles", 512: "dense"}, (0, 1, 64)),
+        ({1: "vector", 2: "vector", 64: "dense", 512: "dense"}, (0, 2, 2)),
+        ({1: "tiles", 2: "tiles", 64: "tiles", 512: "tiles"}, (0, 0, 512)),
+        ({1: "cuda", 2: "cuda", 64: "tiles", 512: "dense"}, (2, 2, 64)),
     ],
 )
 def test_crossovers_are_where_the_sum_of_all_rows_turns(
-    gpu: ModuleType, fastest: dict[int, str], expected: tuple[int, int]
+    gpu: ModuleType, fastest: dict[int, str], expected: tuple[int, int, int]
 ) -> None:
     rows: list[dict[str, Any]] = []
     for tokens, best in fastest.items():
-        times = {way: 1.0 if way == best else 3.0 for way in gpu.WAYS if way != "vector" or tokens <= 8}
+        times = {way: 1.0 if way == best else 3.0 for way in gpu.WAYS if tokens <= gpu.LIMITS.get(way, tokens)}
         other = dict.fromkeys(times, 2.0)  # a layer with no preference changes nothing
         rows += [{"tokens": tokens, "microseconds": times}, {"tokens": tokens, "microseconds": other}]
     assert tuple(gpu.crossovers(rows).values()) == expected

@@ -19,6 +19,7 @@ PACKAGES = (
     ("accelerate", ""),
     ("tokenizers", ""),
     ("triton", "GPU kernels"),
+    ("cuda-core", "faster decoding on NVIDIA GPUs; pip install 'vptq[cuda]'"),
     ("datasets", "hub data sets as text; pip install 'vptq[data]'"),
     ("matplotlib", "report.png; pip install 'vptq[plot]'"),
     ("gguf", "GGUF models; pip install 'vptq[gguf]'"),

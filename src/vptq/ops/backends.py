@@ -3,7 +3,8 @@
 A backend is a set of kernels registered for a device: loading it is choosing it, and the dispatcher does the rest.
 `VPTQ_BACKEND` is therefore read once, when the operators are first imported: `reference` loads no kernels, `cpu` or
 `triton` load and insist on theirs, and without it everything that loads is used. Triton itself is imported by the first
-call on a GPU, since it takes a while and a CPU has no use for it. A fast path that should be there and
+call on a GPU, since it takes a while and a CPU has no use for it. CUDA kernels for decoding stand beside Triton's where
+cuda-core is installed; `VPTQ_BACKEND=triton` leaves them out. A fast path that should be there and
 is not is told once, by name, with the remedy, when it is first missed; `VPTQ_REQUIRE_BACKEND=cpu` makes that an error
 at once.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from vptq.errors import BackendError
+from vptq.ops import cuda_compile
 from vptq.ops.schemas import LIBRARY, OPERATORS
 
 ENVIRONMENT_VARIABLE = "VPTQ_BACKEND"
@@ -129,7 +131,14 @@ def _load_triton() -> BackendStatus:
         return BackendStatus("triton", False, False, where)
     for name in TRITON_OPERATORS:
         LIBRARY.impl(name, _first_imported("vptq.ops.triton_ops", name), key)
-    return BackendStatus("triton", True, True, f"Triton kernels on {where} for {_covered(key)}")
+    few = f"; {_decode_kernels()}" if where == "CUDA" else ""
+    return BackendStatus("triton", True, True, f"Triton kernels on {where} for {_covered(key)}{few}")
+
+
+def _decode_kernels() -> str:
+    """Whether the few tokens of decoding have CUDA kernels beside Triton's."""
+    why = cuda_compile.missing()
+    return f"no CUDA kernels for decoding: {why}" if why else "CUDA kernels for decoding, compiled at first use"
 
 
 def _triton_device() -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vptq.config import LayerConfig
-from vptq.ops import triton_paths
+from vptq.ops import cuda_compile, cuda_plan, triton_paths
 from vptq.ops.backends import backends
 
 
@@ -20,8 +20,20 @@ def serving(config: LayerConfig, dtype: torch.dtype) -> list[tuple[str, str, str
     if "triton" in status:
         nvidia = torch.cuda.is_available() and torch.version.cuda is not None
         capability = torch.cuda.get_device_capability() if nvidia else None
-        ways = triton_paths.describe(config.vector_len, dtype, capability)
-        return [(tokens, way if way == triton_paths.TORCH else f"triton {way}", why) for tokens, way, why in ways]
+        cuda = _cuda(config, dtype, capability) if capability else ""
+        ways = triton_paths.describe(config.vector_len, dtype, capability, cuda)
+        own_name = (triton_paths.TORCH, triton_paths.CUDA)
+        return [(tokens, way if way in own_name else f"triton {way}", why) for tokens, way, why in ways]
     if "cpu" in status and not torch.cuda.is_available():
         return [("any", "cpu", status["cpu"].reason)]
     return [("any", triton_paths.TORCH, status["reference"].reason)]
+
+
+def _cuda(config: LayerConfig, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """Where the CUDA kernel has a layer's codebooks; empty where it does not serve it."""
+    refused = cuda_plan.obstacle(config.vector_len, dtype, config.is_packed, config.has_outliers, capability)
+    if refused or cuda_compile.missing():
+        return ""
+    bits = [count.bit_length() - 1 for count in (config.num_centroids, config.num_residual_centroids or 1)]
+    kind = cuda_plan.kind_of(dtype, config.vector_len, *bits, cuda_compile.card(torch.device("cuda", 0)))
+    return cuda_plan.describe(kind) if kind else ""

@@ -1,4 +1,4 @@
-"""`vptq::linear` and `vptq::dequantize` by the Triton kernels: what the dispatcher calls.
+"""`vptq::linear` and `vptq::dequantize` on GPUs, by the Triton and CUDA kernels: what the dispatcher calls.
 
 Which kernel serves a call follows from its number of tokens and the layer's sizes alone (`triton_paths`), so choosing
 never waits for the GPU.
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vptq.errors import ConfigError
-from vptq.ops import dense, triton_launch, triton_paths
+from vptq.ops import cuda_compile, cuda_launch, cuda_plan, dense, triton_launch, triton_paths
 from vptq.ops.schemas import check_codebook_form, check_input
 from vptq.ops.triton_layer import layer_sizes, signature
 
@@ -79,7 +79,7 @@ def linear(
     if _refuses(codebook, vector_len):
         return dense.linear(x, *stored, bias, *sizes)
     tokens = x.numel() // in_features
-    way = triton_paths.choose(tokens)
+    way = triton_paths.choose(tokens, _takes_cuda(codebook, indices, outlier_codebook, vector_len))
     if tokens == 0 or way == triton_paths.DENSE:
         return functional.linear(x, _dequantize(stored, sizes), bias)
     return multiply(way, x, stored, bias, sizes)
@@ -91,7 +91,7 @@ def multiply(
     """`linear` by the way named, whatever the number of tokens: for `linear`, tests and benchmarks.
 
     Args:
-        way: One of `triton_paths`: VECTOR, TILES or DENSE.
+        way: One of `triton_paths`: CUDA (or Triton where `cuda_launch.decode` says so), VECTOR, TILES or DENSE.
         x: [..., in_features], at least one token.
         stored: The layer's nine tensors.
         bias: [out_features], or None.
@@ -105,9 +105,14 @@ def multiply(
             raise ConfigError(f"the bias has shape {tuple(bias.shape)}; this layer needs ({sizes[1]},)")
         bias = bias.contiguous()
     flat = x.reshape(-1, sizes[0]).contiguous()
-    launch = triton_launch.vector if way == triton_paths.VECTOR else triton_launch.tiles
+    pointers = _pointers(stored)
     with _current(x.device):
-        y = launch(flat, _pointers(stored), bias, checked)
+        y = cuda_launch.decode(flat, pointers, bias, checked) if way == triton_paths.CUDA else None
+        if y is None:
+            if way == triton_paths.CUDA:
+                way = triton_paths.choose(len(flat))
+            launch = triton_launch.vector if way == triton_paths.VECTOR else triton_launch.tiles
+            y = launch(flat, pointers, bias, checked)
     return y.view(*x.shape[:-1], sizes[1])
 
 
@@ -136,6 +141,14 @@ def _refuses(codebook: Tensor, vector_len: int) -> bool:
     if why:
         _tell(why)
     return bool(why)
+
+
+def _takes_cuda(codebook: Tensor, indices: Tensor, outlier_codebook: Tensor | None, vector_len: int) -> bool:
+    capability = _capability(codebook.device)
+    if capability is None or cuda_compile.missing():
+        return False
+    packed = indices.dtype == torch.int32
+    return not cuda_plan.obstacle(vector_len, codebook.dtype, packed, outlier_codebook is not None, capability)
 
 
 @lru_cache

@@ -1,10 +1,11 @@
 """Which way a layer is multiplied on a GPU: the crossovers, in one place, without Triton.
 
-Three ways. "vector": a kernel for one token that sums in float32 registers. "tiles": tensor cores multiply each tile of
-the weight as it is looked up; the lookups, which bind, are paid once for all tokens of a block. "dense": dequantize
-once, then the vendor's matrix multiplication. PyTorch's own code is a fourth, for what the kernels do not take.
+Four ways. "cuda": codebooks in shared memory, on NVIDIA GPUs with cuda-core, for the few tokens of decoding. "vector":
+a Triton kernel for one token that sums in float32 registers. "tiles": tensor cores multiply each tile of the weight as
+it is looked up; the lookups, which bind, are paid once for all tokens of a block. "dense": dequantize once, then the
+vendor's matrix multiplication. PyTorch's own code is a fifth, for what the kernels do not take.
 
-The crossovers follow from a model (docs/performance.md) and were not measured on a GPU. `make gpu` times all three and
+The crossovers follow from a model (docs/performance.md) and were not measured on a GPU. `make gpu` times all ways and
 says where they cross; these constants are the place for what it finds.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+CUDA_TOKENS = 8
+"""Up to so many tokens go to the CUDA kernel where it serves the layer: the most that it takes at once."""
 VECTOR_TOKENS = 1
 """Up to so many tokens are multiplied one by one."""
 TILE_TOKENS = 64
@@ -19,11 +22,13 @@ TILE_TOKENS = 64
 MAX_VECTOR_LEN = 64
 """Longer vectors do not fit a tile."""
 
-VECTOR, TILES, DENSE, TORCH = "vector", "tiles", "dense", "torch"
+CUDA, VECTOR, TILES, DENSE, TORCH = "cuda", "vector", "tiles", "dense", "torch"
 
 
-def choose(tokens: int) -> str:
-    """The way for so many tokens, of a layer that the kernels take."""
+def choose(tokens: int, cuda: bool = False) -> str:
+    """The way for so many tokens, of a layer that the Triton kernels take, and the CUDA kernel too if `cuda`."""
+    if cuda and 1 <= tokens <= CUDA_TOKENS:
+        return CUDA
     return VECTOR if tokens <= VECTOR_TOKENS else TILES if tokens <= TILE_TOKENS else DENSE
 
 
@@ -44,13 +49,29 @@ def obstacle(vector_len: int, dtype: torch.dtype, capability: tuple[int, int] | 
     return ""
 
 
-def describe(vector_len: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[tuple[str, str, str]]:
-    """Tokens, way and reason, for people to read."""
+def describe(
+    vector_len: int, dtype: torch.dtype, capability: tuple[int, int] | None, cuda: str = ""
+) -> list[tuple[str, str, str]]:
+    """Tokens, way and reason, for people to read.
+
+    Args:
+        vector_len: v.
+        dtype: The layer's float dtype.
+        capability: An NVIDIA GPU's compute capability; None for other devices.
+        cuda: What the CUDA kernel makes of the layer; empty where it does not serve it.
+    """
     if why := obstacle(vector_len, dtype, capability):
         return [("any", TORCH, why)]
+    few = [(_span(1, VECTOR_TOKENS), VECTOR, "float32 sums, columns shared by programs")]
+    if cuda:
+        few = [(_span(1, CUDA_TOKENS), CUDA, cuda)]
     return [
-        (_span(1, VECTOR_TOKENS), VECTOR, "float32 sums, columns shared by programs"),
-        (_span(VECTOR_TOKENS + 1, TILE_TOKENS), TILES, "one lookup serves all tokens, tensor cores multiply"),
+        *few,
+        (
+            _span((CUDA_TOKENS if cuda else VECTOR_TOKENS) + 1, TILE_TOKENS),
+            TILES,
+            "one lookup serves all tokens, tensor cores multiply",
+        ),
         (f"{TILE_TOKENS + 1} or more", DENSE, "dequantize once, then the vendor's matrix multiplication"),
     ]
 

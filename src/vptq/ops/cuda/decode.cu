@@ -1,0 +1,266 @@
+// One to eight tokens times a quantized layer, looked up from codebooks in shared memory.
+//
+// Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A block keeps the codebooks, and the
+// inputs of its slice of columns, for as long as it lives, and takes row blocks in turn; its warps share the columns of a
+// row block, or take several row blocks at a time where the slice is short. A warp streams its index rows through a
+// ring of its own, a step of 256 columns ahead of the arithmetic; a lane owns eight columns of a step. Sums are float32, and
+// added in an order that depends on the layer and the card alone.
+//
+// What binds is the rate of lookups, not bytes: hence as many copies of a codebook as fit (lookup.cuh), and kRows rows to a
+// lane, which share its inputs.
+
+template <class FLOAT, int LENGTH, int BITS, int RESIDUAL_BITS, int TOKENS_AT_ONCE, int COPIES, int RESIDUAL_COPIES>
+struct Kind {
+  using F = FLOAT;
+  using Main = Book<F, LENGTH, BITS, COPIES>;
+  using Residual = Book<F, LENGTH, RESIDUAL_BITS, RESIDUAL_COPIES>;
+  using Indices = LaneIndices<BITS + RESIDUAL_BITS>;
+  static constexpr int kLength = LENGTH, kTokens = TOKENS_AT_ONCE, kBits = BITS, kResidualBits = RESIDUAL_BITS;
+  static constexpr int kRows = 2 * LENGTH * TOKENS_AT_ONCE <= 64 ? 2 : 1;     // what a lane sums stays in registers
+  static constexpr int kSums = kRows * TOKENS_AT_ONCE * LENGTH;
+  static constexpr int kWarps = kSums <= 64 ? 16 : 8;
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kRowWords = kStepColumns * (BITS + RESIDUAL_BITS) / 32;  // of a step
+  static constexpr int kStages = BITS + RESIDUAL_BITS <= 8 ? 4 : 2;
+  static constexpr int kStageWords = kRows * kRowWords;
+  static constexpr int kRingWords = kStages * kStageWords;
+  static constexpr int kHeld = (kSums + kLanes - 1) / kLanes;  // of the sums, by each lane at the end
+};
+
+using K = Kind<VPTQ_KERNEL>;
+
+// Shared memory, in this order; ops/cuda_plan.py adds up the same.
+struct Shared {
+  K::Main::Piece* book;            // K::Main::kSharedBytes
+  K::Residual::Piece* residual;    // K::Residual::kSharedBytes
+  unsigned short* x;               // [tokens, slice], in quantized order
+  unsigned short* scale;           // [slice]
+  unsigned* ring;                  // [warps, stages, rows, words of a step], and a word to spare
+  float* parts;                    // [2, warps, sums]
+  float* shifted;                  // [warps, tokens]; the first line becomes the sum
+
+  VPTQ_DEVICE Shared(char* at, int slice) {
+    book = reinterpret_cast<K::Main::Piece*>(at);
+    residual = reinterpret_cast<K::Residual::Piece*>(at += K::Main::kSharedBytes);
+    x = reinterpret_cast<unsigned short*>(at += K::Residual::kSharedBytes);
+    scale = x + K::kTokens * slice;
+    ring = reinterpret_cast<unsigned*>(scale + slice);
+    parts = reinterpret_cast<float*>(ring + K::kWarps * K::kRingWords + 4);
+    shifted = parts + 2 * K::kWarps * K::kSums;
+  }
+};
+
+// A warp's steps, in the order in which it takes them: the columns that are its own, row block by row block.
+struct Walk {
+  int block, step, first, end, across, stride;
+  VPTQ_DEVICE void next() {
+    step += across;
+    if (step >= end) {
+      step = first;
+      block += stride;
+    }
+  }
+};
+
+// Starts copying the index rows of a step into a slot of the ring.
+VPTQ_DEVICE void fetch(const unsigned* indices, const Walk& at, int num_rows, int line_length, bool wide,
+                       unsigned* slot, int lane) {
+  const int words = min(K::kRowWords, line_length - at.step * K::kRowWords);
+#pragma unroll
+  for (int r = 0; r < K::kRows; ++r) {
+    const int row = min(at.block * K::kRows + r, num_rows - 1);
+    const unsigned* from = indices + static_cast<long long>(row) * line_length + at.step * K::kRowWords;
+    unsigned* to = slot + r * K::kRowWords;
+    if (wide) {
+#pragma unroll 1
+      for (int i = 4 * lane; i < words; i += 4 * kLanes) copy_async<16>(to + i, from + i);
+    } else {
+#pragma unroll 1
+      for (int i = lane; i < words; i += kLanes) copy_async<4>(to + i, from + i);
+    }
+  }
+}
+
+// The slice's inputs and scales in quantized order, and the sums of inputs times column biases, one a token.
+VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, const unsigned short* perm,
+                             const unsigned short* scale, const unsigned short* shift, int tokens, int in_features,
+                             int before, int count, int slice, int thread) {
+  float shifted[K::kTokens] = {};
+#pragma unroll 1
+  for (int column = thread; column < count; column += K::kThreads) {
+    const int original = perm ? min(static_cast<int>(perm[before + column]), in_features - 1) : before + column;
+    shared.scale[column] = scale ? scale[original] : K::F::narrow(1.0f);
+    const float weight = shift ? K::F::widen(shift[original]) : 0.0f;
+#pragma unroll
+    for (int t = 0; t < K::kTokens; ++t) {
+      const unsigned short value = t < tokens ? x[static_cast<long long>(t) * in_features + original] : 0;
+      shared.x[t * slice + column] = value;
+      if (shift) shifted[t] += weight * K::F::widen(value);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < K::kTokens; ++t) {
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) shifted[t] += swap_lanes(shifted[t], distance);
+    if (thread % kLanes == 0) shared.shifted[thread / kLanes * K::kTokens + t] = shifted[t];
+  }
+  __syncthreads();
+  if (thread < K::kTokens) {
+#pragma unroll 1
+    for (int warp = 1; warp < K::kWarps; ++warp) shared.shifted[thread] += shared.shifted[warp * K::kTokens + thread];
+  }
+}
+
+// Adds what a lane's columns of a step give. All eight exist if WHOLE, so that their lookups are on the way together;
+// else `valid` of them do.
+template <bool WHOLE>
+VPTQ_DEVICE void multiply(const K::Main& main, const K::Residual& residual, const Shared& shared, const unsigned* slot,
+                          int column, int valid, int slice, int lane, float (&sums)[K::kSums]) {
+  K::Indices indices[K::kRows];
+#pragma unroll
+  for (int r = 0; r < K::kRows; ++r) indices[r].load(slot + r * K::kRowWords, lane);
+  Words<4> x[K::kTokens];
+#pragma unroll
+  for (int t = 0; t < K::kTokens; ++t) x[t] = *reinterpret_cast<const Words<4>*>(shared.x + t * slice + column);
+  const Words<4> scale = *reinterpret_cast<const Words<4>*>(shared.scale + column);
+#pragma unroll
+  for (int c = 0; c < kLaneColumns; ++c) {
+    if (!WHOLE && c >= valid) break;  // a vector times 0 is not 0 if it is infinite
+    const int word = c / 2, shift = c % 2 * 16;
+    float factor[K::kTokens];
+#pragma unroll
+    for (int t = 0; t < K::kTokens; ++t) {
+      factor[t] = K::F::widen(x[t].word[word] >> shift & 0xFFFF) * K::F::widen(scale.word[word] >> shift & 0xFFFF);
+    }
+#pragma unroll
+    for (int r = 0; r < K::kRows; ++r) {
+      const unsigned index = indices[r][c];
+      float values[K::kLength];
+      main.template look_up<false>(index & ((1u << K::kBits) - 1), values);
+      if constexpr (K::kResidualBits > 0) residual.template look_up<true>(index >> K::kBits, values);
+#pragma unroll
+      for (int t = 0; t < K::kTokens; ++t) {
+#pragma unroll
+        for (int e = 0; e < K::kLength; ++e) sums[(r * K::kTokens + t) * K::kLength + e] += factor[t] * values[e];
+      }
+    }
+  }
+}
+
+// Sums over the lanes of a warp: at each distance a lane keeps half of its values and gives the others away.
+//
+// Afterwards it holds the totals `first` to `first + count - 1` in values[0...].
+template <int N, int DISTANCE>
+VPTQ_DEVICE void sum_lanes(float (&values)[K::kSums], int lane, int& first, int& count) {
+  constexpr int kHalf = (N + 1) / 2;
+  const bool upper = lane & DISTANCE;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = i + kHalf < N ? values[i + kHalf] : 0.0f;
+    values[i] = (upper ? high : low) + swap_lanes(upper ? low : high, DISTANCE);
+  }
+  first += upper ? kHalf : 0;
+  count = upper ? max(count - kHalf, 0) : min(count, kHalf);
+  if constexpr (2 * DISTANCE < kLanes) sum_lanes<kHalf, 2 * DISTANCE>(values, lane, first, count);
+}
+
+// out [tokens, out_features] = x W^T + bias, or parts [slices, tokens, out_features] without the bias, in float32.
+//
+// The grid is (blocks, slices). `slice` columns, a multiple of kStepColumns, are a block's, and slices do not reach over a
+// group's end. Of a block's warps `across` share the steps of a slice, which has at least so many.
+extern "C" __global__ void __launch_bounds__(K::kThreads, 1)
+decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, float* __restrict__ parts,
+       const unsigned short* __restrict__ bias, const unsigned short* __restrict__ codebook,
+       const unsigned* __restrict__ indices, const unsigned short* __restrict__ residual_codebook,
+       const unsigned short* __restrict__ perm, const unsigned short* __restrict__ scale,
+       const unsigned short* __restrict__ shift, int tokens, int in_features, int out_features, int group_size,
+       int num_rows, int line_length, int slice, int slices_a_group, int across) {
+  const Shared shared(shared_memory(), slice);
+  const int thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
+  const int group = blockIdx.y / slices_a_group, first = blockIdx.y % slices_a_group * slice;
+  const int count = min(slice, group_size - first);
+  const int at_once = K::kWarps / across;
+  const int row_blocks = (num_rows + K::kRows - 1) / K::kRows;
+  indices += static_cast<long long>(group) * num_rows * line_length;
+  codebook += static_cast<long long>(group) * K::Main::kEntries * K::kLength;
+  residual_codebook += static_cast<long long>(group) * K::Residual::kEntries * K::kLength;
+  const bool wide = reinterpret_cast<unsigned long long>(indices) % 16 == 0 && line_length % 4 == 0;
+
+  Walk walk;
+  walk.first = walk.step = first / kStepColumns + warp % across;
+  walk.end = (first + count + kStepColumns - 1) / kStepColumns;
+  walk.across = across;
+  walk.block = blockIdx.x * at_once + warp / across;
+  walk.stride = gridDim.x * at_once;
+  Walk ahead = walk;
+  unsigned* const ring = shared.ring + warp * K::kRingWords;
+#pragma unroll 1
+  for (int stage = 0; stage < K::kStages - 1; ++stage, ahead.next()) {
+    fetch(indices, ahead, num_rows, line_length, wide, ring + stage * K::kStageWords, lane);
+    end_copies();
+  }
+  K::Main main;
+  K::Residual residual;
+  main.place(codebook, shared.book, thread, K::kThreads);
+  residual.place(residual_codebook, shared.residual, thread, K::kThreads);
+  stage_input(shared, x, perm, scale, shift, tokens, in_features,
+              group * group_size + first, count, slice, thread);
+  __syncthreads();
+
+  int stage = 0, side = 0;
+  for (int base = blockIdx.x * at_once; base < row_blocks; base += walk.stride, side ^= 1) {
+    float sums[K::kSums] = {};
+    for (const int block = walk.block; walk.block == block; walk.next(), ahead.next()) {
+      const int free = (stage + K::kStages - 1) % K::kStages;
+      fetch(indices, ahead, num_rows, line_length, wide, ring + free * K::kStageWords, lane);
+      end_copies();
+      wait_copies<K::kStages - 1>();
+      __syncwarp();
+      const int column = walk.step * kStepColumns - first + lane * kLaneColumns;
+      const unsigned* const slot = ring + stage * K::kStageWords;
+      if (count - column >= kLaneColumns) {
+        multiply<true>(main, residual, shared, slot, column, kLaneColumns, slice, lane, sums);
+      } else {
+        multiply<false>(main, residual, shared, slot, column, count - column, slice, lane, sums);
+      }
+      __syncwarp();
+      stage = (stage + 1) % K::kStages;
+    }
+    int from = 0, held = K::kSums;
+    sum_lanes<K::kSums, 1>(sums, lane, from, held);
+    float* const parts_now = shared.parts + side * K::kWarps * K::kSums;
+#pragma unroll
+    for (int i = 0; i < K::kHeld; ++i) {
+      if (i < held) parts_now[warp * K::kSums + from + i] = sums[i];
+    }
+    __syncthreads();  // one a round: the next round writes the other side
+#pragma unroll 1
+    for (int i = thread; i < at_once * K::kSums; i += K::kThreads) {
+      const int element = i % K::kLength, t = i / K::kLength % K::kTokens;
+      const int row = base * K::kRows + i / (K::kLength * K::kTokens);
+      const int output = row * K::kLength + element;
+      if (t >= tokens || row >= num_rows || output >= out_features) continue;
+      float total = shared.shifted[t];
+      const float* part = parts_now + i / K::kSums * across * K::kSums + i % K::kSums;
+#pragma unroll 1
+      for (int w = 0; w < across; ++w) total += part[w * K::kSums];
+      const long long place = static_cast<long long>(t) * out_features + output;
+      if (parts) {
+        parts[static_cast<long long>(blockIdx.y) * tokens * out_features + place] = total;
+      } else {
+        out[place] = K::F::narrow(bias ? total + K::F::widen(bias[output]) : total);
+      }
+    }
+  }
+}
+
+// out [count] = the sum of parts [slices, count] in their order, plus the bias of each output.
+extern "C" __global__ void add_parts(const float* __restrict__ parts, unsigned short* __restrict__ out,
+                                     const unsigned short* __restrict__ bias, int slices, int count, int out_features) {
+  const int place = blockIdx.x * blockDim.x + threadIdx.x;
+  if (place >= count) return;
+  float total = 0.0f;
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) total += parts[static_cast<long long>(slice) * count + place];
+  out[place] = K::F::narrow(bias ? total + K::F::widen(bias[place % out_features]) : total);
+}

@@ -1,0 +1,119 @@
+// From packed indices to a vector's values: a lane's share of an index row, and codebooks in shared or global memory.
+
+constexpr int kLanes = 32;
+constexpr int kLaneColumns = 8;  // consecutive columns of one lane: their indices are whole bytes at any width
+constexpr int kStepColumns = kLanes * kLaneColumns;
+
+// Words that are loaded together.
+template <int N>
+struct alignas(4 * N) Words {
+  unsigned word[N];
+};
+
+// The indices of a lane's eight columns, BITS each, in registers.
+template <int BITS>
+struct LaneIndices {
+  static constexpr int kWords = (BITS + 3) / 4;
+  static constexpr int kVector = BITS % 16 == 0 ? 4 : BITS % 8 == 0 ? 2 : 1;  // words that a lane's share aligns
+  unsigned word[kWords];
+
+  // `step` holds kStepColumns indices; one word more is read where a lane's share does not begin with a word.
+  VPTQ_DEVICE void load(const unsigned* step, int lane) {
+    const unsigned* from = step + lane * BITS / 4;
+    if constexpr (BITS % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords / kVector; ++i) {
+        const Words<kVector> some = reinterpret_cast<const Words<kVector>*>(from)[i];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) word[i * kVector + j] = some.word[j];
+      }
+    } else {
+      const unsigned shift = lane * BITS % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) word[i] = straddling(from[i], from[i + 1], shift);
+    }
+  }
+
+  // What stands at bit `first` and above. The caller unrolls, so that all of this is known when compiling.
+  VPTQ_DEVICE unsigned above(int first) const {
+    const int at = first / 32, shift = first % 32;
+    if (shift + BITS <= 32) return word[at] >> shift;
+    return straddling(word[at], word[at + 1 < kWords ? at + 1 : at], shift);
+  }
+  VPTQ_DEVICE unsigned operator[](int column) const {
+    return BITS == 32 ? word[column] : above(column * BITS) & ((1ull << BITS) - 1);
+  }
+};
+
+// How vectors of V are cut for loads: into pieces of 16 bytes where they fill them, or nearly, else of 8.
+template <int V>
+struct Cut {
+  static constexpr int kFloats = V % 8 == 0 || V == 6 ? 8 : 4;
+  static constexpr int kPieces = (V + kFloats - 1) / kFloats;
+  using Piece = Words<kFloats / 2>;
+
+  // Piece `p` of a stored vector; what is beyond its end is 0.
+  static VPTQ_DEVICE Piece read(const unsigned short* vector, int p) {
+    if constexpr (V % kFloats == 0) {
+      return reinterpret_cast<const Piece*>(vector)[p];
+    } else {
+      Piece piece;
+#pragma unroll
+      for (int i = 0; i < kFloats / 2; ++i) {
+        const int element = p * kFloats + 2 * i;
+        piece.word[i] = element < V ? *reinterpret_cast<const unsigned*>(vector + element) : 0;
+      }
+      return piece;
+    }
+  }
+};
+
+// A codebook of 2^BITS vectors.
+//
+// COPIES of it lie in shared memory, one piece of each copy beside the other: with 8 of 16 bytes, or 16 of 8, every lane has
+// banks of its own, and no two lookups of a phase collide. 0 copies: it stays in global memory, where the second-level
+// cache holds it.
+template <class F, int V, int BITS, int COPIES>
+struct Book {
+  using Piece = typename Cut<V>::Piece;
+  static constexpr int kEntries = BITS > 0 ? 1 << BITS : 0;
+  static constexpr int kSharedPieces = kEntries * Cut<V>::kPieces * COPIES;
+  static constexpr int kSharedBytes = kSharedPieces * static_cast<int>(sizeof(Piece));
+  const unsigned short* stored;
+  const Piece* shared;  // this lane's copy
+
+  // Fills `at` by all threads of the block, which then have to meet.
+  VPTQ_DEVICE void place(const unsigned short* codebook, Piece* at, int thread, int threads) {
+    stored = codebook;
+    if constexpr (COPIES > 0) {
+#pragma unroll 4
+      for (int i = thread; i < kSharedPieces; i += threads) {
+        const int piece = i / COPIES;
+        at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+      }
+      shared = at + thread % COPIES;
+    }
+  }
+
+  // values [V] = or += the vector of `entry`.
+  template <bool ADD>
+  VPTQ_DEVICE void look_up(unsigned entry, float (&values)[V]) const {
+#pragma unroll
+    for (int p = 0; p < Cut<V>::kPieces; ++p) {
+      Piece piece;
+      if constexpr (COPIES > 0) {
+        piece = shared[(p * kEntries + entry) * COPIES];
+      } else {
+        piece = Cut<V>::read(stored + entry * V, p);
+      }
+#pragma unroll
+      for (int e = 0; e < Cut<V>::kFloats; ++e) {
+        const int element = p * Cut<V>::kFloats + e;
+        if (element < V) {
+          const float value = F::widen(piece.word[e / 2] >> e % 2 * 16 & 0xFFFF);
+          values[element] = ADD ? values[element] + value : value;
+        }
+      }
+    }
+  }
+};
