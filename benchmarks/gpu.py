@@ -57,21 +57,16 @@ def random_layer(name: str, shape: tuple[int, int]) -> VQuantLinear:
     return layer
 
 
-def run(way: str, layer: VQuantLinear, x: Tensor) -> Tensor:
+def run(way: str, layer: VQuantLinear, x: Tensor) -> Tensor | None:
     from vptq.ops import triton_ops
 
     return triton_ops.multiply(way, x, layer._stored(), layer.bias, layer._sizes)
 
 
 def takes_cuda(layer: VQuantLinear) -> bool:
-    """Whether the CUDA kernel serves a layer; where it does not, `run` would time Triton under its name."""
-    from vptq.ops import cuda_launch
-    from vptq.ops.triton_layer import layer_sizes, signature
-    from vptq.ops.triton_ops import _pointers
-
+    """Whether the CUDA kernel serves a layer; it cannot be compiled everywhere."""
     x = torch.zeros(1, layer.in_features, dtype=torch.float16, device="cuda")
-    stored = layer._stored()
-    return cuda_launch.decode(x, _pointers(stored), None, layer_sizes(signature(stored), *layer._sizes)) is not None
+    return run(triton_paths.CUDA, layer, x) is not None
 
 
 def compile_tile(job: tuple[str, str, int]) -> None:

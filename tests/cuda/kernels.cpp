@@ -1,6 +1,6 @@
 // The kernels of one kind of layer as C++, for every number of tokens, with an entry for each that ctypes can call.
 //
-// VPTQ_BEFORE and VPTQ_AFTER are the kind's parameters before and after the tokens. tests/cuda_layers.py builds and calls this.
+// VPTQ_BEFORE and VPTQ_AFTER are the kind's parameters before and after the tokens; tests/cuda_layers.py builds this.
 #include "shim.h"
 
 #include "lookup.cuh"

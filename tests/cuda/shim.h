@@ -1,8 +1,9 @@
 // A GPU's block of threads on one CPU thread, for the kernels of src/vptq/ops/cuda as plain C++.
 //
-// Takes device.cuh's place. Every thread of a block is a fiber; it runs until it has to wait for its warp or its block. What a
-// GPU leaves to chance is the worst case here: shared memory begins as NaN, copies arrive when they are waited for and not
-// before, threads that wait for each other in vain end the program, and so do bytes written beyond a block's shared memory.
+// Takes device.cuh's place. Every thread of a block is a fiber; it runs until it has to wait for its warp or its block.
+// What a GPU leaves to chance is the worst case here: shared memory begins as NaN, copies arrive when they are waited for
+// and not before, lanes take turns in both orders, threads that wait for each other in vain end the program, and so do
+// bytes written beyond a block's shared memory.
 #pragma once
 
 #include <ucontext.h>
@@ -84,10 +85,11 @@ inline void run_block(std::vector<Thread>& fibers) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  while (!all_wait(fibers, 0, fibers.size(), kDone)) {
+  for (bool backwards = false; !all_wait(fibers, 0, fibers.size(), kDone); backwards = !backwards) {
     bool moved = false;
     for (size_t warp = 0; warp < fibers.size(); warp += kWarpSize) {
-      for (size_t i = warp; i < warp + kWarpSize; ++i) {
+      for (size_t lane = 0; lane < kWarpSize; ++lane) {
+        const size_t i = warp + (backwards ? kWarpSize - 1 - lane : lane);
         if (fibers[i].wait != kNone) continue;
         current = &fibers[i];
         swapcontext(&scheduler, &current->context);

@@ -91,3 +91,5 @@ def test_up_to_eight_tokens_go_to_it() -> None:
     assert TOKENS[-1] == triton_paths.CUDA_TOKENS, "more would need another kernel"
     said = [(tokens, way) for tokens, way, _ in triton_paths.describe(8, torch.float16, (9, 0), "in shared memory")]
     assert said == [("1 to 8", "cuda"), ("9 to 64", "tiles"), ("65 or more", "dense")]
+    said = [(tokens, way) for tokens, way, _ in triton_paths.describe(8, torch.float16, (7, 0), "in shared memory")]
+    assert said == [("1 to 8", "cuda"), ("9 or more", "torch")], "too old for Triton"

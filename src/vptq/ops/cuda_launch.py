@@ -51,7 +51,7 @@ def decode(x: Tensor, stored: dict[str, Tensor | None], bias: Tensor | None, siz
         plan.threads,
         plan.shared_bytes,
         (
-            *(x, out, parts, None if slices > 1 else bias, *(stored[name] for name in names), len(x)),
+            *(x, out, parts, bias, *(stored[name] for name in names), len(x)),
             *(arguments[name] for name in ("in_features", "out_features", "group_size", "num_rows", "line_length")),
             *(plan.columns, plan.slices_a_group, plan.across),
         ),

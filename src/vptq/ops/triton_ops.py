@@ -76,22 +76,31 @@ def linear(
         *(perm, weight_scale, weight_bias),
     )
     sizes = (in_features, out_features, vector_len, outlier_vector_len)
-    if _refuses(codebook, vector_len):
-        return dense.linear(x, *stored, bias, *sizes)
     tokens = x.numel() // in_features
     way = triton_paths.choose(tokens, _takes_cuda(codebook, indices, outlier_codebook, vector_len))
+    if way == triton_paths.CUDA:
+        y = multiply(way, x, stored, bias, sizes)
+        if y is not None:
+            return y
+        way = triton_paths.choose(tokens)
+    if _refuses(codebook, vector_len):
+        return dense.linear(x, *stored, bias, *sizes)
     if tokens == 0 or way == triton_paths.DENSE:
         return functional.linear(x, _dequantize(stored, sizes), bias)
-    return multiply(way, x, stored, bias, sizes)
+    y = multiply(way, x, stored, bias, sizes)
+    assert y is not None
+    return y
 
 
 def multiply(
     way: str, x: Tensor, stored: tuple[Tensor | None, ...], bias: Tensor | None, sizes: tuple[int, int, int, int]
-) -> Tensor:
+) -> Tensor | None:
     """`linear` by the way named, whatever the number of tokens: for `linear`, tests and benchmarks.
 
+    None where the CUDA kernel was named and cannot be run now; see `cuda_launch.decode`.
+
     Args:
-        way: One of `triton_paths`: CUDA (or Triton where `cuda_launch.decode` says so), VECTOR, TILES or DENSE.
+        way: One of `triton_paths`: CUDA (up to 8 tokens), VECTOR, TILES or DENSE.
         x: [..., in_features], at least one token.
         stored: The layer's nine tensors.
         bias: [out_features], or None.
@@ -107,13 +116,12 @@ def multiply(
     flat = x.reshape(-1, sizes[0]).contiguous()
     pointers = _pointers(stored)
     with _current(x.device):
-        y = cuda_launch.decode(flat, pointers, bias, checked) if way == triton_paths.CUDA else None
-        if y is None:
-            if way == triton_paths.CUDA:
-                way = triton_paths.choose(len(flat))
+        if way == triton_paths.CUDA:
+            y = cuda_launch.decode(flat, pointers, bias, checked)
+        else:
             launch = triton_launch.vector if way == triton_paths.VECTOR else triton_launch.tiles
             y = launch(flat, pointers, bias, checked)
-    return y.view(*x.shape[:-1], sizes[1])
+    return None if y is None else y.view(*x.shape[:-1], sizes[1])
 
 
 def _dequantize(stored: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int]) -> Tensor:

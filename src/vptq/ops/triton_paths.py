@@ -61,6 +61,8 @@ def describe(
         cuda: What the CUDA kernel makes of the layer; empty where it does not serve it.
     """
     if why := obstacle(vector_len, dtype, capability):
+        if cuda:
+            return [(_span(1, CUDA_TOKENS), CUDA, cuda), (f"{CUDA_TOKENS + 1} or more", TORCH, why)]
         return [("any", TORCH, why)]
     few = [(_span(1, VECTOR_TOKENS), VECTOR, "float32 sums, columns shared by programs")]
     if cuda:

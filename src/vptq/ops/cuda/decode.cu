@@ -1,13 +1,13 @@
 // One to eight tokens times a quantized layer, looked up from codebooks in shared memory.
 //
-// Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A block keeps the codebooks, and the
-// inputs of its slice of columns, for as long as it lives, and takes row blocks in turn; its warps share the columns of a
-// row block, or take several row blocks at a time where the slice is short. A warp streams its index rows through a
-// ring of its own, a step of 256 columns ahead of the arithmetic; a lane owns eight columns of a step. Sums are float32, and
-// added in an order that depends on the layer and the card alone.
+// Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A block keeps the codebooks, and
+// the inputs of its slice of columns, for as long as it lives, and takes row blocks in turn; its warps share the columns
+// of a row block, or take several row blocks at a time where the slice is short. A warp streams its index rows through a
+// ring of its own, a step of 256 columns ahead of the arithmetic; a lane owns eight columns of a step. Sums are float32,
+// and added in an order that depends on the layer, the number of tokens and the card alone.
 //
-// What binds is the rate of lookups, not bytes: hence as many copies of a codebook as fit (lookup.cuh), and kRows rows to a
-// lane, which share its inputs.
+// What binds is the rate of lookups, not bytes: hence as many copies of a codebook as fit (lookup.cuh), and kRows rows
+// to a lane, which share its inputs.
 
 template <class FLOAT, int LENGTH, int BITS, int RESIDUAL_BITS, int TOKENS_AT_ONCE, int COPIES, int RESIDUAL_COPIES>
 struct Kind {
@@ -166,8 +166,8 @@ VPTQ_DEVICE void sum_lanes(float (&values)[K::kSums], int lane, int& first, int&
 
 // out [tokens, out_features] = x W^T + bias, or parts [slices, tokens, out_features] without the bias, in float32.
 //
-// The grid is (blocks, slices). `slice` columns, a multiple of kStepColumns, are a block's, and slices do not reach over a
-// group's end. Of a block's warps `across` share the steps of a slice, which has at least so many.
+// The grid is (blocks, slices). `slice` columns, a multiple of kStepColumns, are a block's, and slices do not reach over
+// a group's end. Of a block's warps `across` share the steps of a slice, which has at least so many, but for a last one.
 extern "C" __global__ void __launch_bounds__(K::kThreads, 1)
 decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, float* __restrict__ parts,
        const unsigned short* __restrict__ bias, const unsigned short* __restrict__ codebook,

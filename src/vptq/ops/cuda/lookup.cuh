@@ -70,9 +70,9 @@ struct Cut {
 
 // A codebook of 2^BITS vectors.
 //
-// COPIES of it lie in shared memory, one piece of each copy beside the other: with 8 of 16 bytes, or 16 of 8, every lane has
-// banks of its own, and no two lookups of a phase collide. 0 copies: it stays in global memory, where the second-level
-// cache holds it.
+// COPIES of it lie in shared memory, one piece of each copy beside the other: with 8 of 16 bytes, or 16 of 8, every lane
+// has banks of its own, and no two lookups of a phase collide. 0 copies: it stays in global memory, where the
+// second-level cache holds it.
 template <class F, int V, int BITS, int COPIES>
 struct Book {
   using Piece = typename Cut<V>::Piece;
