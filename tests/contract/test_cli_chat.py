@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 Run = Callable[..., tuple[int, str, str]]
 STATUS = re.compile(r"\d+ tokens \| .* \| context \d+ of 256 \| memory [\d.]+ MB")
@@ -177,8 +177,18 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tiny_model_folder: Path) -> Iterator[Terminal]:
-    terminal = Terminal(sys.executable, "-m", "vptq", "chat", str(tiny_model_folder), "--device", "cpu")
+def slow_model_folder(tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
+    """Twenty times the blocks: an answer takes seconds, so that Ctrl-C comes before its end on a quick machine too."""
+    config = AutoConfig.from_pretrained(tiny_model_folder)
+    config.num_hidden_layers = 40
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "slow")
+    tiny_tokenizer.save_pretrained(tmp_path / "slow")
+    return tmp_path / "slow"
+
+
+@pytest.fixture
+def terminal(slow_model_folder: Path) -> Iterator[Terminal]:
+    terminal = Terminal(sys.executable, "-m", "vptq", "chat", str(slow_model_folder), "--device", "cpu")
     yield terminal
     with suppress(ProcessLookupError, ChildProcessError):  # it has ended by itself
         os.kill(terminal.pid, signal.SIGKILL)
