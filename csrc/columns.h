@@ -15,6 +15,7 @@ struct ColumnsProblem {
   const float* present;   // [columns, rows]: what the indices stand for now; null where they stand for nothing yet
   const float* scale;     // [columns]
   const float* shift;     // [columns]
+  const float* row_weights;  // [rows]: what an error of a row counts; null where all count alike
   int64_t columns, rows;
   StagesProblem stages;
   int64_t* main;      // [columns, vectors]

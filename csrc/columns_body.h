@@ -62,14 +62,15 @@ VPTQ_INLINE float entry(const StagesProblem& stages, int64_t main, int64_t resid
 }
 
 // Whether the vector's present centroids are at least as near to x as those just found.
-VPTQ_INLINE bool keeps(const ColumnsProblem& p, const float* x, int64_t rows, int64_t old_main, int64_t old_residual,
+VPTQ_INLINE bool keeps(const ColumnsProblem& p, const float* x, int64_t first, int64_t rows, int64_t old_main, int64_t old_residual,
                        int64_t main, int64_t residual) {
   float found = 0, kept = 0;
   for (int64_t d = 0; d < rows; ++d) {
     const float now = x[d] - entry(p.stages, main, residual, d);
     const float before = x[d] - entry(p.stages, old_main, old_residual, d);
-    found += now * now;
-    kept += before * before;
+    const float weight = p.row_weights == nullptr ? 1.0f : p.row_weights[first + d];
+    found += weight * now * now;
+    kept += weight * before * before;
   }
   return found >= kept;
 }
@@ -84,7 +85,7 @@ VPTQ_INLINE void settle(const ColumnsProblem& p, int64_t column, int64_t begin, 
     const float* x = room.vectors + (vector - begin) * dim;
     int64_t main = room.main[vector - begin], residual = p.residual == nullptr ? 0 : room.residual[vector - begin];
     const int64_t old_residual = p.residual == nullptr ? 0 : p.residual[at];
-    if (p.present != nullptr && keeps(p, x, rows, p.main[at], old_residual, main, residual)) {
+    if (p.present != nullptr && keeps(p, x, first, rows, p.main[at], old_residual, main, residual)) {
       main = p.main[at];
       residual = old_residual;
     }
@@ -113,9 +114,11 @@ void run_tile(const ColumnsProblem& p, const StagesProblem& tail, const float* p
     std::memcpy(room.targets, base, static_cast<size_t>(width) * sizeof(float));
     if (p.coupling != nullptr) couple(p, column, width, room);
     for (int64_t i = 0; i < width; ++i) room.vectors[i] = (room.targets[i] - p.shift[column]) / p.scale[column];
-    search_stages(p.stages, prepared, room.search, room.vectors, whole, room.main, room.residual);
+    const float* weights = p.row_weights == nullptr ? nullptr : p.row_weights + first;
+    search_stages(p.stages, prepared, room.search, room.vectors, weights, whole, room.main, room.residual);
     if (cut) {
-      search_stages(tail, tail_prepared, room.search, room.vectors + whole * dim, 1, room.main + whole,
+      const float* last = weights == nullptr ? nullptr : weights + whole * dim;
+      search_stages(tail, tail_prepared, room.search, room.vectors + whole * dim, last, 1, room.main + whole,
                     room.residual + whole);
     }
     settle(p, column, begin, end, room);

@@ -16,6 +16,8 @@ struct NearestProblem {
   int64_t beam;        // 1 <= beam <= centroids
   int64_t* indices;    // [count, beam], nearest first
   float* distances;    // [count, beam], squared
+  bool weighted = false;           // |x - c|^2 is the sum over d of w[d] (x[d] - c[d])^2
+  const float* weights = nullptr;  // [count, dim] where it is
 };
 
 // One per instruction set. Sizes are in floats; buffers must be aligned to 64 bytes.

@@ -152,11 +152,11 @@ VPTQ_INLINE bool contains(const TopList& top, int32_t index) {
   return false;
 }
 
-VPTQ_INLINE float squared_distance(const float* x, const float* c, int64_t dim) {
+VPTQ_INLINE float squared_distance(const float* x, const float* c, const float* weights, int64_t dim) {
   double sum = 0;
   for (int64_t d = 0; d < dim; ++d) {
     const double difference = static_cast<double>(x[d]) - static_cast<double>(c[d]);
-    sum += difference * difference;
+    sum += difference * difference * (weights == nullptr ? 1.0 : static_cast<double>(weights[d]));
   }
   return static_cast<float>(sum);
 }
@@ -166,11 +166,12 @@ VPTQ_INLINE void finish(const NearestProblem& p, const int64_t dim, TopList* top
     if (!contains(*top, next)) top->indices[top->size++] = next;
   }
   const float* x = p.vectors + vector * dim;
+  const float* weights = p.weighted ? p.weights + vector * dim : nullptr;
   int64_t* indices = p.indices + vector * p.beam;
   float* distances = p.distances + vector * p.beam;
   for (int64_t i = 0; i < top->size; ++i) {
     const int64_t index = top->indices[i];
-    const float distance = squared_distance(x, p.codebook + index * dim, dim);
+    const float distance = squared_distance(x, p.codebook + index * dim, weights, dim);
     int64_t slot = i;
     for (; slot > 0; --slot) {
       const float above = distances[slot - 1];
@@ -188,12 +189,20 @@ VPTQ_INLINE void load_panel(const NearestProblem& p, const Layout& at, const int
   const int64_t padded = (count + kTile - 1) / kTile * kTile;
   for (int64_t i = 0; i < padded; ++i) {
     float* x = tiles + i / kTile * at.tile_floats() + i % kTile;
-    for (int64_t d = 0; d < dim; ++d) x[d * kTile] = i < count ? p.vectors[(begin + i) * dim + d] - shift[d] : 0.0f;
+    for (int64_t d = 0; d < dim; ++d) {
+      const int64_t from = (begin + i) * dim + d;
+      x[d * kTile] = i < count ? p.vectors[from] - shift[d] : 0.0f;
+      if (!p.weighted) continue;
+      const float weight = i < count ? p.weights[from] : 0.0f;
+      x[d * kTile] *= weight;
+      x[(dim + d) * kTile] = weight;
+    }
   }
 }
 
-VPTQ_INLINE void run_dim(const NearestProblem& p, const int64_t dim, const float* prepared, float* scratch,
-                         int64_t begin, int64_t end) {
+// `own` are the vectors' coordinates, `dim` those that are multiplied.
+VPTQ_INLINE void run_dim(const NearestProblem& p, const int64_t own, const int64_t dim, const float* prepared,
+                         float* scratch, int64_t begin, int64_t end) {
   const Layout at(p);
   const float* superblocks = prepared + at.header_floats;
   float* tiles = scratch;
@@ -208,7 +217,7 @@ VPTQ_INLINE void run_dim(const NearestProblem& p, const int64_t dim, const float
 
   for (int64_t start = begin; start < end; start += at.panel) {
     const int64_t count = end - start < at.panel ? end - start : at.panel;
-    load_panel(p, at, dim, prepared, start, count, tiles);
+    load_panel(p, at, own, prepared, start, count, tiles);
     for (int64_t first = 0; first < at.superblocks; first += slice) {
       const int64_t length = at.superblocks - first < slice ? at.superblocks - first : slice;
       for (int64_t i = 0; i < count; i += kTile) {
@@ -222,28 +231,35 @@ VPTQ_INLINE void run_dim(const NearestProblem& p, const int64_t dim, const float
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      const float* own = maxima + i * at.maxima_floats();
-      const float bound = bound_of(at, own, folded);
+      const float* best = maxima + i * at.maxima_floats();
+      const float bound = bound_of(at, best, folded);
       TopList top{scores, indices, at.beam};
-      collect(at, dim, tiles + i / kTile * at.tile_floats() + i % kTile, superblocks, own, bound, &top);
-      finish(p, dim, &top, start + i);
+      collect(at, dim, tiles + i / kTile * at.tile_floats() + i % kTile, superblocks, best, bound, &top);
+      finish(p, own, &top, start + i);
     }
   }
 }
 
 // The format's vector lengths get loops of a known length; any other still runs.
-void run(const NearestProblem& p, const float* prepared, float* scratch, int64_t begin, int64_t end) {
+template <int kFactor>
+VPTQ_INLINE void run_lengths(const NearestProblem& p, const float* prepared, float* scratch, int64_t begin,
+                             int64_t end) {
   switch (p.dim) {
-    case 1: return run_dim(p, 1, prepared, scratch, begin, end);
-    case 2: return run_dim(p, 2, prepared, scratch, begin, end);
-    case 4: return run_dim(p, 4, prepared, scratch, begin, end);
-    case 6: return run_dim(p, 6, prepared, scratch, begin, end);
-    case 8: return run_dim(p, 8, prepared, scratch, begin, end);
-    case 10: return run_dim(p, 10, prepared, scratch, begin, end);
-    case 12: return run_dim(p, 12, prepared, scratch, begin, end);
-    case 16: return run_dim(p, 16, prepared, scratch, begin, end);
-    default: return run_dim(p, p.dim, prepared, scratch, begin, end);
+    case 1: return run_dim(p, 1, kFactor * 1, prepared, scratch, begin, end);
+    case 2: return run_dim(p, 2, kFactor * 2, prepared, scratch, begin, end);
+    case 4: return run_dim(p, 4, kFactor * 4, prepared, scratch, begin, end);
+    case 6: return run_dim(p, 6, kFactor * 6, prepared, scratch, begin, end);
+    case 8: return run_dim(p, 8, kFactor * 8, prepared, scratch, begin, end);
+    case 10: return run_dim(p, 10, kFactor * 10, prepared, scratch, begin, end);
+    case 12: return run_dim(p, 12, kFactor * 12, prepared, scratch, begin, end);
+    case 16: return run_dim(p, 16, kFactor * 16, prepared, scratch, begin, end);
+    default: return run_dim(p, p.dim, kFactor * p.dim, prepared, scratch, begin, end);
   }
+}
+
+void run(const NearestProblem& p, const float* prepared, float* scratch, int64_t begin, int64_t end) {
+  if (p.weighted) return run_lengths<2>(p, prepared, scratch, begin, end);
+  run_lengths<1>(p, prepared, scratch, begin, end);
 }
 
 }  // namespace

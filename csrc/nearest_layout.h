@@ -2,7 +2,8 @@
 //
 // Prepared codebook: the shift (see nearest_body.h), then blocks of kLanes centroids, transposed: first the lanes'
 // -|c|^2/2, then one row of lanes a coordinate. Blocks are grouped into superblocks, padded with centroids that
-// score -inf.
+// score -inf. Where distances are weighted -|c|^2/2 differs from vector to vector, and is a product as well:
+// score = sum of (w x)[d] c[d] + sum of w[d] (-c[d]^2/2), so that centroids and vectors have 2 dim coordinates.
 
 namespace vptq {
 namespace VPTQ_ISA {
@@ -17,14 +18,15 @@ constexpr double kKeepAll = 1.5;      // below this superblock size, keeping all
 constexpr int64_t kFoldsPerWinner = 6;  // more make the bound tighter and dearer
 
 struct Layout {
-  int64_t dim, beam, centroids;
+  int64_t dim;  // coordinates of what is multiplied
+  int64_t beam, centroids;
   int64_t blocks;       // blocks of kLanes centroids in a superblock; 1 or even
   int64_t superblocks;  // the codebook, padded
   int64_t block_floats;
   int64_t header_floats;  // the shift, padded to a whole vector
   int64_t panel;          // vectors whose maxima are held at once; a multiple of kTile
 
-  explicit Layout(const NearestProblem& p) : dim(p.dim), beam(p.beam), centroids(p.centroids) {
+  explicit Layout(const NearestProblem& p) : dim(p.weighted ? 2 * p.dim : p.dim), beam(p.beam), centroids(p.centroids) {
     // Reading the maxima costs about 3 operations a superblock, scoring one again blocks * (dim + 1): their sum is
     // least at the square root.
     const int64_t all_blocks = (centroids + kLanes - 1) / kLanes;
@@ -74,7 +76,8 @@ void prepare(const NearestProblem& p, float* prepared) {
     for (int64_t d = 0; d < p.dim; ++d) {
       const float value = k < p.centroids ? p.codebook[k * p.dim + d] - prepared[d] : 0.0f;
       column[(d + 1) * kLanes] = value;
-      square += static_cast<double>(value) * value;
+      if (p.weighted) column[(p.dim + d + 1) * kLanes] = -value * value / 2;
+      square += p.weighted ? 0.0 : static_cast<double>(value) * value;
     }
     column[0] = k < p.centroids ? static_cast<float>(-square / 2) : -std::numeric_limits<float>::infinity();
   }

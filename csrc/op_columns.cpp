@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base_in, const std::opti
                                           const std::optional<Tensor>& present_in, const Tensor& scale_in,
                                           const Tensor& shift_in, const Tensor& main_in,
                                           const std::optional<Tensor>& residual_in, const Tensor& indices,
-                                          const std::optional<Tensor>& residual_indices, int64_t beam) {
+                                          const std::optional<Tensor>& residual_indices, int64_t beam,
+                                          const std::optional<Tensor>& row_weights_in) {
   require_floats(base_in, 2, kOp, "base");
   require_floats(main_in, 2, kOp, "main");
   const int64_t columns = base_in.size(0), rows = base_in.size(1);
@@ -104,6 +105,11 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base_in, const std::opti
   require_per_column(shift_in, columns, "shift");
   if (coupling_in) require_matrix(*coupling_in, columns, columns, "coupling");
   if (present_in) require_matrix(*present_in, columns, rows, "present");
+  if (row_weights_in) {
+    require_floats(*row_weights_in, 1, kOp, "row_weights");
+    require(row_weights_in->size(0) == rows, kOp, ": row_weights has ", row_weights_in->size(0), " entries for ", rows,
+            " rows");
+  }
   const int64_t vectors = (rows + dim - 1) / dim;
   require_indices(indices, columns, vectors, centroids, present_in.has_value(), "indices");
   require(residual_in.has_value() == residual_indices.has_value(), kOp,
@@ -120,6 +126,7 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base_in, const std::opti
   const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
   const Tensor base = dense(base_in), scale = dense(scale_in), shift = dense(shift_in), main = dense(main_in);
   const Tensor coupling = coupling_in ? dense(*coupling_in) : base, present = present_in ? dense(*present_in) : base;
+  const Tensor row_weights = row_weights_in ? dense(*row_weights_in) : scale;
   const Tensor residual = residual_in ? dense(*residual_in) : main;
   Tensor values = torch::stable::new_empty(base, {columns, rows});
   Tensor errors = torch::stable::new_empty(base, {columns, rows});
@@ -130,10 +137,11 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base_in, const std::opti
           present_in ? present.const_data_ptr<float>() : nullptr,
           scale.const_data_ptr<float>(),
           shift.const_data_ptr<float>(),
+          row_weights_in ? row_weights.const_data_ptr<float>() : nullptr,
           columns,
           rows,
           {main.const_data_ptr<float>(), residual_in ? residual.const_data_ptr<float>() : nullptr, dim, centroids,
-           residual_in ? residual.size(0) : 0, beam < centroids ? beam : centroids},
+           residual_in ? residual.size(0) : 0, beam < centroids ? beam : centroids, row_weights_in.has_value()},
           indices.mutable_data_ptr<int64_t>(),
           residual_indices ? residual_indices->mutable_data_ptr<int64_t>() : nullptr,
           values.mutable_data_ptr<float>(),

@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base, const std::optiona
                                           const std::optional<Tensor>& present, const Tensor& scale,
                                           const Tensor& shift, const Tensor& main,
                                           const std::optional<Tensor>& residual, const Tensor& indices,
-                                          const std::optional<Tensor>& residual_indices, int64_t beam);
+                                          const std::optional<Tensor>& residual_indices, int64_t beam,
+                                          const std::optional<Tensor>& row_weights);
 
 Tensor linear(const Tensor& x, const Tensor& codebook, const Tensor& indices,
               const std::optional<Tensor>& residual_codebook, const std::optional<Tensor>& residual_indices,

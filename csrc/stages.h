@@ -15,9 +15,10 @@ struct StagesProblem {
   int64_t main_centroids;
   int64_t residual_centroids;
   int64_t beam;  // 1 <= beam <= main_centroids; with 1 the choice is greedy
+  bool weighted = false;  // distances are sums of weighted squares
 
   bool all_pairs() const {
-    return residual != nullptr && beam > 1 && main_centroids * residual_centroids <= kMostPairs;
+    return residual != nullptr && !weighted && beam > 1 && main_centroids * residual_centroids <= kMostPairs;
   }
 };
 
@@ -26,9 +27,10 @@ struct StagesKernel {
   int64_t (*prepared_floats)(const StagesProblem&);
   int64_t (*scratch_floats)(const StagesProblem&);
   void (*prepare)(const StagesProblem&, float* prepared);
-  // vectors [count, dim] -> main [count], residual [count] (untouched where there is one codebook).
-  void (*search)(const StagesProblem&, const float* prepared, float* scratch, const float* vectors, int64_t count,
-                 int64_t* main, int64_t* residual);
+  // vectors [count, dim] -> main [count], residual [count] (untouched where there is one codebook); weights are
+  // [count, dim] as well, or null.
+  void (*search)(const StagesProblem&, const float* prepared, float* scratch, const float* vectors,
+                 const float* weights, int64_t count, int64_t* main, int64_t* residual);
 };
 
 }  // namespace vptq

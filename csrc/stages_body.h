@@ -8,11 +8,11 @@ constexpr int64_t kCandidatesAtOnce = 2048;
 
 NearestProblem main_problem(const StagesProblem& p) {
   const int64_t beam = p.residual == nullptr ? 1 : p.beam;
-  return {nullptr, p.main, p.dim, p.main_centroids, beam, nullptr, nullptr};
+  return {nullptr, p.main, p.dim, p.main_centroids, beam, nullptr, nullptr, p.weighted};
 }
 
 NearestProblem residual_problem(const StagesProblem& p) {
-  return {nullptr, p.residual, p.dim, p.residual_centroids, 1, nullptr, nullptr};
+  return {nullptr, p.residual, p.dim, p.residual_centroids, 1, nullptr, nullptr, p.weighted};
 }
 
 int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
@@ -34,7 +34,7 @@ struct Pieces {
 struct BeamScratch {
   int64_t vectors;  // at once
   int64_t *candidates, *partners;
-  float *distances, *rests, *nearest;
+  float *distances, *rests, *weights, *nearest;
   int64_t taken;
 
   BeamScratch(const StagesProblem& p, float* memory) {
@@ -45,6 +45,7 @@ struct BeamScratch {
     candidates = p.residual == nullptr ? nullptr : pieces.integers(vectors * beam);
     partners = p.residual == nullptr ? nullptr : pieces.integers(vectors * beam);
     rests = p.residual == nullptr ? nullptr : pieces.floats(vectors * beam * p.dim);
+    weights = p.residual == nullptr || !p.weighted ? nullptr : pieces.floats(vectors * beam * p.dim);
     nearest = pieces.floats(0);
     taken = pieces.taken;
   }
@@ -72,10 +73,11 @@ void prepare_stages(const StagesProblem& p, float* prepared) {
 }
 
 void search_nearest(const StagesProblem& p, const float* prepared, const BeamScratch& room, const float* vectors,
-                    int64_t count, int64_t* main) {
+                    const float* weights, int64_t count, int64_t* main) {
   NearestProblem problem = main_problem(p);
   for (int64_t start = 0; start < count; start += room.vectors) {
     problem.vectors = vectors + start * p.dim;
+    if (p.weighted) problem.weights = weights + start * p.dim;
     problem.indices = main + start;
     problem.distances = room.distances;
     run(problem, prepared, room.nearest, 0, count - start < room.vectors ? count - start : room.vectors);
@@ -83,22 +85,26 @@ void search_nearest(const StagesProblem& p, const float* prepared, const BeamScr
 }
 
 void search_beam(const StagesProblem& p, const float* prepared, const BeamScratch& room, const float* vectors,
-                 int64_t count, int64_t* main, int64_t* residual) {
+                 const float* weights, int64_t count, int64_t* main, int64_t* residual) {
   NearestProblem first = main_problem(p), second = residual_problem(p);
   const float* residual_prepared = prepared + whole_lines(codebook_floats(first));
   first.indices = room.candidates;
   first.distances = room.distances;
   second.vectors = room.rests;
+  second.weights = room.weights;
   second.indices = room.partners;
   second.distances = room.distances;
   for (int64_t start = 0; start < count; start += room.vectors) {
     const int64_t here = count - start < room.vectors ? count - start : room.vectors;
     first.vectors = vectors + start * p.dim;
+    if (p.weighted) first.weights = weights + start * p.dim;
     run(first, prepared, room.nearest, 0, here);
     for (int64_t i = 0; i < here * first.beam; ++i) {
       const float* x = first.vectors + i / first.beam * p.dim;
       const float* c = p.main + room.candidates[i] * p.dim;
       for (int64_t d = 0; d < p.dim; ++d) room.rests[i * p.dim + d] = x[d] - c[d];
+      if (!p.weighted) continue;
+      std::memcpy(room.weights + i * p.dim, first.weights + i / first.beam * p.dim, p.dim * sizeof(float));
     }
     run(second, residual_prepared, room.nearest, 0, here * first.beam);
     for (int64_t i = 0; i < here; ++i) {
@@ -112,12 +118,12 @@ void search_beam(const StagesProblem& p, const float* prepared, const BeamScratc
   }
 }
 
-void search_stages(const StagesProblem& p, const float* prepared, float* scratch, const float* vectors, int64_t count,
-                   int64_t* main, int64_t* residual) {
+void search_stages(const StagesProblem& p, const float* prepared, float* scratch, const float* vectors,
+                   const float* weights, int64_t count, int64_t* main, int64_t* residual) {
   if (p.all_pairs()) return search_pairs(p, prepared, scratch, vectors, count, main, residual);
   const BeamScratch room(p, scratch);
-  if (p.residual == nullptr) return search_nearest(p, prepared, room, vectors, count, main);
-  search_beam(p, prepared, room, vectors, count, main, residual);
+  if (p.residual == nullptr) return search_nearest(p, prepared, room, vectors, weights, count, main);
+  search_beam(p, prepared, room, vectors, weights, count, main, residual);
 }
 
 }  // namespace

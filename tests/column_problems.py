@@ -39,12 +39,14 @@ class Problem:
     residual: Tensor | None
     indices: Tensor
     residual_indices: Tensor | None
+    row_weights: Tensor | None = None
 
     def run(self, assign: Assign, beam: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         stored = self.indices.clone(), None if self.residual_indices is None else self.residual_indices.clone()
         values, errors = assign(
-            self.base, self.coupling, self.present, self.scale, self.shift, self.main, self.residual, *stored, beam
-        )
+            self.base, self.coupling, self.present, self.scale, self.shift, self.main, self.residual, *stored, beam,
+            self.row_weights,
+        )  # fmt: skip
         return values, errors, *stored
 
     def decode(self, indices: Tensor, residual_indices: Tensor | None) -> Tensor:
@@ -56,8 +58,9 @@ class Problem:
 
 
 def make(
-    n: int, rows: int, v: int, sizes: tuple[int, ...], *, coupled: bool, held: bool, seed: int, grid: bool = False
-) -> Problem:
+    n: int, rows: int, v: int, sizes: tuple[int, ...], *, coupled: bool, held: bool, seed: int, grid: bool = False,
+    weighted: bool = False,
+) -> Problem:  # fmt: skip
     draw = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:
@@ -78,5 +81,6 @@ def make(
         residual=numbers(sizes[1], v) / 2 if len(sizes) > 1 else None,
         indices=choices(sizes[0]),
         residual_indices=choices(sizes[1]) if len(sizes) > 1 else None,
+        row_weights=2.0 ** torch.randint(-3, 3, (rows,), generator=draw) if weighted else None,
     )
     return replace(problem, present=problem.decode(problem.indices, problem.residual_indices)) if held else problem

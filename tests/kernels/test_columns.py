@@ -31,6 +31,8 @@ def distances_to_all(problem: Problem, target: Tensor) -> Tensor:
     sums = problem.main.double()
     if problem.residual is not None:
         sums = (sums[:, None] + problem.residual.double()).flatten(0, 1)
+    if problem.row_weights is not None:
+        inside = inside * vectors_of(problem, problem.row_weights[None].sqrt())[:, :, None]
     return ((x[:, :, None] - sums) * inside).square().sum(-1)
 
 
@@ -51,6 +53,7 @@ cases = st.tuples(
     st.sampled_from([(1,), (2,), (16,), (37,), (4, 4), (16, 3), (40, 20), (5, 64)]),  # codebooks
     st.booleans(),  # coupled
     st.booleans(),  # held
+    st.booleans(),  # weighted
     st.integers(0, 2**20),
 )
 
@@ -59,8 +62,8 @@ cases = st.tuples(
 @given(case=cases)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_column_takes_the_nearest_of_its_own_target(implementation: str, case: tuple) -> None:  # type: ignore[type-arg]
-    n, rows, v, sizes, coupled, held, seed = case
-    problem = make(n, rows, v, sizes, coupled=coupled, held=held, seed=seed)
+    n, rows, v, sizes, coupled, held, weighted, seed = case
+    problem = make(n, rows, v, sizes, coupled=coupled, held=held, seed=seed, weighted=weighted)
     with pytest.MonkeyPatch.context() as patch:
         if implementation != "torch":
             patch.setenv("VPTQ_CPU_ISA", implementation)
@@ -83,8 +86,8 @@ def test_every_column_takes_the_nearest_of_its_own_target(implementation: str, c
 @given(case=cases)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_in_exact_arithmetic_all_agree_to_the_last_bit(implementation: str, case: tuple) -> None:  # type: ignore[type-arg]
-    n, rows, v, sizes, coupled, held, seed = case
-    problem = make(min(n, 3), rows, v, sizes, coupled=coupled, held=held, seed=seed, grid=True)
+    n, rows, v, sizes, coupled, held, weighted, seed = case
+    problem = make(min(n, 3), rows, v, sizes, coupled=coupled, held=held, seed=seed, grid=True, weighted=weighted)
     expected = problem.run(in_torch.assign_columns, beam=sizes[0] + 1)
     with pytest.MonkeyPatch.context() as patch:
         if implementation != "torch":

@@ -175,6 +175,7 @@ def assign_columns(
     indices: Tensor,
     residual_indices: Tensor | None,
     beam: int,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses centroids for `n` weight columns, one after another, each seeing the errors of those before it.
 
@@ -195,6 +196,8 @@ def assign_columns(
         residual_indices: The same for `residual`, or None.
         beam: At least so many main centroids are tried with their best residual centroid; 1 is greedy, K exact. Sizes
             above K count as K.
+        row_weights: float32 [rows], not negative: what the squared error of a row counts in the distance of a vector
+            to its centroid. None where all rows count alike.
 
     Returns:
         Values and errors, float32 [n, rows].
@@ -203,6 +206,6 @@ def assign_columns(
         ConfigError: Shapes, dtypes or `beam` do not fit (RuntimeError from the C++ kernel).
     """
     result: tuple[Tensor, Tensor] = torch.ops.vptq.assign_columns.default(
-        base, coupling, present, scale, shift, main, residual, indices, residual_indices, beam
+        base, coupling, present, scale, shift, main, residual, indices, residual_indices, beam, row_weights
     )
     return result

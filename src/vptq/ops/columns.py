@@ -6,6 +6,9 @@ They differ in what is coupled with what, which is the caller's matrix. Without 
 
 Two codebooks are searched jointly: all pairs where they are few, otherwise every one of `beam` main centroids with its
 best residual centroid. The C++ kernel does the same and lists more pairs.
+
+Rows may count differently. With weights u a row, |x - c|^2 becomes sum u x^2 - 2 (u x) . c + u . c^2: as many products
+again, which rank the centroids like the plain ones do.
 """
 
 from __future__ import annotations
@@ -38,22 +41,27 @@ def assign_columns(
     indices: Tensor,
     residual_indices: Tensor | None,
     beam: int,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses centroids for every column in turn; see `vptq.ops.assign_columns`."""
     books = [main] if residual is None else [main, residual]
     stored = [indices] if residual_indices is None else [indices, residual_indices]
-    _check(base, coupling, present, books, stored, beam)
+    _check(base, coupling, present, books, stored, beam, row_weights)
     values, errors = torch.empty_like(base), torch.empty_like(base)
     if base.numel() == 0:
         return values, errors
     step = len(base) if coupling is None else 1
+    weights = None if row_weights is None else cut(row_weights[None], main.shape[1])
     for start in range(0, len(base), step):
         at = slice(start, start + step)
         target = base[at] if coupling is None else base[at] + coupling[at, :start] @ errors[:start]
         vectors = cut((target - shift[at, None]) / scale[at, None], main.shape[1])
-        chosen = _nearest(vectors, books, base.shape[1], beam)
+        if weights is None:
+            chosen = _nearest(vectors, books, base.shape[1], beam)
+        else:
+            chosen = _search_weighted(vectors, weights.repeat(len(target), 1), books, beam)
         if present is not None:
-            chosen = _keep_better(vectors, books, [index[at] for index in stored], chosen, base.shape[1])
+            chosen = _keep_better(vectors, weights, books, [index[at] for index in stored], chosen, base.shape[1])
         for index, new in zip(stored, chosen, strict=True):
             index[at] = new.view(target.shape[0], -1)
         values[at] = join(_sum(books, chosen), base.shape[1]) * scale[at, None] + shift[at, None]
@@ -117,14 +125,47 @@ def _best_pairs(vectors: Tensor, main: Tensor, residual: Tensor, beam: int) -> t
     return candidates.gather(1, best)[:, 0], partner.view(candidates.shape).gather(1, best)[:, 0]
 
 
+def _search_weighted(vectors: Tensor, weights: Tensor, books: Sequence[Tensor], beam: int) -> list[Tensor]:
+    """The same for weighted distances; padding has weight zero, and so no say in the choice."""
+    found = []
+    step = max(1, BEAM_ELEMENTS // max(len(book) for book in books) // (beam if len(books) > 1 else 1))
+    for x, u in zip(vectors.split(step), weights.split(step), strict=True):  # type: ignore[no-untyped-call]
+        if len(books) == 1:
+            found.append([_weighted_distances(x, u, books[0]).argmin(1)])
+            continue
+        main, residual = books
+        # Sorted, not topk: equal distances by rising index, as the kernel has them.
+        candidates = _weighted_distances(x, u, main).argsort(dim=1, stable=True)[:, :beam]
+        rests = (x[:, None] - main[candidates]).flatten(0, 1)
+        again = u.repeat_interleave(candidates.shape[1], 0)
+        distances, partners = _weighted_distances(rests, again, residual).min(1)
+        total = (distances + (again * rests.square()).sum(1)).view(candidates.shape)
+        best = total.argmin(1, keepdim=True)
+        found.append([candidates.gather(1, best)[:, 0], partners.view(candidates.shape).gather(1, best)[:, 0]])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _weighted_distances(vectors: Tensor, weights: Tensor, book: Tensor) -> Tensor:
+    """sum over elements of weights (vectors - book)^2, less what is the same for all of the book, [n, K]."""
+    return torch.addmm(weights @ book.square().T, weights * vectors, book.T, alpha=-2)
+
+
 def _keep_better(
-    vectors: Tensor, books: Sequence[Tensor], stored: Sequence[Tensor], chosen: Sequence[Tensor], rows: int
+    vectors: Tensor,
+    weights: Tensor | None,
+    books: Sequence[Tensor],
+    stored: Sequence[Tensor],
+    chosen: Sequence[Tensor],
+    rows: int,
 ) -> list[Tensor]:
     """A vector whose present centroids are at least as near as those found keeps them: a beam can find worse ones."""
     now = [index.flatten() for index in stored]
 
     def distance(pair: Sequence[Tensor]) -> Tensor:
-        return cut(join(vectors - _sum(books, pair), rows), vectors.shape[1]).square().sum(1)
+        squares = cut(join(vectors - _sum(books, pair), rows), vectors.shape[1]).square()
+        if weights is not None:
+            squares = (squares.view(-1, *weights.shape) * weights).flatten(0, 1)
+        return squares.sum(1)
 
     worse = distance(chosen) >= distance(now)
     return [torch.where(worse, old, new) for old, new in zip(now, chosen, strict=True)]
@@ -137,8 +178,11 @@ def _check(
     books: Sequence[Tensor],
     stored: Sequence[Tensor],
     beam: int,
+    row_weights: Tensor | None,
 ) -> None:
     columns, rows = base.shape
+    if row_weights is not None and tuple(row_weights.shape) != (rows,):
+        raise ConfigError(f"row_weights is {tuple(row_weights.shape)}; {rows} rows need ({rows},)")
     if coupling is not None and tuple(coupling.shape) != (columns, columns):
         raise ConfigError(f"coupling is {tuple(coupling.shape)}; {columns} columns need ({columns}, {columns})")
     if present is not None and present.shape != base.shape:

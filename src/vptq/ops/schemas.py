@@ -31,7 +31,8 @@ LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}, str codeboo
 LIBRARY.define("nearest(Tensor vectors, Tensor codebook, int beam=1) -> (Tensor, Tensor)")
 LIBRARY.define(
     "assign_columns(Tensor base, Tensor? coupling, Tensor? present, Tensor scale, Tensor shift, Tensor main, "
-    "Tensor? residual, Tensor(a!) indices, Tensor(b!)? residual_indices, int beam) -> (Tensor, Tensor)"
+    "Tensor? residual, Tensor(a!) indices, Tensor(b!)? residual_indices, int beam, Tensor? row_weights=None) "
+    "-> (Tensor, Tensor)"
 )
 
 CODEBOOK_FORMS = ("exact", "int8")
