@@ -38,9 +38,10 @@ DEFAULT_BITS = 3.0
 
 
 class Hessian(str, Enum):
-    """What calibration tokens count."""
+    """What errors of a layer's output count."""
 
     plain = "plain"
+    rows = "rows"
     fisher = "fisher"
 
 
@@ -94,8 +95,8 @@ def quantize(
         Hessian,
         typer.Option(
             "--hessian",
-            help="plain: calibration tokens count alike; fisher: as much as the model's loss feels errors there (one "
-            "backward pass of the whole original).",
+            help="plain: all errors of a layer's outputs count alike; rows: every output as much as the model's loss "
+            "feels it (a backward pass over a few thousand tokens); fisher: outputs and tokens (over all tokens).",
         ),
     ] = Hessian.plain,
     finetune: Annotated[

@@ -20,7 +20,7 @@ from vptq.config import LayerConfig
 from vptq.errors import CalibrationError
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.block_tuning import TunedBlock, tune_block
-from vptq.quantize.fisher import group_weights
+from vptq.quantize.fisher import LossWeights
 from vptq.quantize.hessian import HessianAccumulator, Moments, PairedAccumulator, load_hessian
 from vptq.quantize.job import Job
 from vptq.quantize.layers import SolvedLayer, solve_layer
@@ -43,7 +43,7 @@ class BlockSolver:
         activations: hidden states at the input of the next block: of the original in "original" mode, otherwise of
             the quantized model; None when Hessians come from files, and in "both" mode unless blocks are trained.
         pairs: those of both models in "both" mode.
-        token_weights: what each calibration token counts to a layer, by module path; all alike where it is missing.
+        weights: what rows and calibration tokens count to each layer; all alike where that is missing.
         warnings: lines for the report, collected while solving.
         layers_done: for the progress bar.
     """
@@ -52,14 +52,14 @@ class BlockSolver:
     skeleton: Skeleton
     activations: Activations | None
     pairs: PairedActivations | None
-    token_weights: Mapping[str, Tensor]
+    weights: LossWeights
     progress: ProgressCallback
     warnings: list[str] = field(default_factory=list)
     layers_done: int = 0
 
     @classmethod
     def start(
-        cls, job: Job, skeleton: Skeleton, tokens: Tensor | None, token_weights: Mapping[str, Tensor],
+        cls, job: Job, skeleton: Skeleton, tokens: Tensor | None, weights: LossWeights,
         progress: ProgressCallback, warnings: list[str],
     ) -> BlockSolver:  # fmt: skip
         """At the first block, with the calibration text [sequences, seqlen] or, for Hessians from files, none."""
@@ -69,7 +69,7 @@ class BlockSolver:
             activations = pairs.original.fork() if job.trains_blocks else None
         elif tokens is not None:
             activations = Activations(skeleton, tokens, job.compute_dtype)
-        return cls(job, skeleton, activations, pairs, token_weights, progress, warnings)
+        return cls(job, skeleton, activations, pairs, weights, progress, warnings)
 
     def finish_block(self, index: int) -> None:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
@@ -177,7 +177,8 @@ class BlockSolver:
         name, moments = task
         path, linear = self._path(index, name), self.skeleton.linears(index)[name]
         bias = None if linear.bias is None else linear.bias.data
-        return solve_layer(self.job, path, linear.weight.data, bias, moments, self.job.layer_config(path, linear))
+        config, rows = self.job.layer_config(path, linear), self.weights.of_rows(path)
+        return solve_layer(self.job, path, linear.weight.data, bias, moments, config, rows)
 
     def _path(self, index: int, name: str) -> str:
         return f"{self.skeleton.blocks_name}.{index}.{name}"
@@ -202,7 +203,7 @@ class BlockSolver:
             self.skeleton.blocks[index].get_parameter(name.removeprefix(self._path(index, ""))).data.copy_(tensor)
 
     def _weights(self, index: int, group: InputGroup) -> Tensor | None:
-        return group_weights(self.token_weights, [self._path(index, name) for name in group.names])
+        return self.weights.of_tokens([self._path(index, name) for name in group.names])
 
     def _moments(self, index: int, group: InputGroup, seen: HessianAccumulator | PairedAccumulator) -> Moments:
         """A group's moments; the identity, with a warning, for layers that no text has reached (rare experts)."""

@@ -37,8 +37,9 @@ class SolvedLayer:
 
 
 def solve_layer(
-    job: Job, path: str, weight: Tensor, bias: Tensor | None, moments: Moments, config: LayerConfig
-) -> SolvedLayer:
+    job: Job, path: str, weight: Tensor, bias: Tensor | None, moments: Moments, config: LayerConfig,
+    rows: Tensor | None = None,
+) -> SolvedLayer:  # fmt: skip
     """Quantizes the layer at module path `path`; may be called from several threads at once.
 
     Raises:
@@ -47,7 +48,7 @@ def solve_layer(
     began = time.monotonic()
     try:
         stored = quantize_stored(
-            weight, moments, config, job.generator(path), dtype=job.dtype, bias=bias, solver=job.solver,
+            weight, moments, config, job.generator(path), dtype=job.dtype, bias=bias, rows=rows, solver=job.solver,
             absorb_perm=job.absorb_perm,
         )  # fmt: skip
     except VPTQError as error:

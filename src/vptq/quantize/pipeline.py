@@ -11,7 +11,6 @@ The hidden states advance through the stored (rounded) weights, so that a resume
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from vptq.errors import CalibrationError, ConfigError, VPTQError
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.budget import Budget
 from vptq.quantize.finetune import Finetuning
-from vptq.quantize.fisher import token_weights
+from vptq.quantize.fisher import LossWeights, loss_weights, row_tokens
 from vptq.quantize.job import Job
 from vptq.quantize.lm_head import check_head, check_runs, solve_head
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
@@ -81,8 +80,9 @@ def quantize(
         hessian_dir: read Hessians from QuIP#/VPTQ files instead of calibrating.
         hessian_inputs: "both", "quantized" or "original": whose activations the Hessians are made of. "both" gives the
             best model; "original" is the quickest: the quantized model never runs.
-        hessian: "plain": every calibration token counts alike; "fisher": as much as the model's loss feels a layer's
-            error there, which takes a backward pass of the whole original.
+        hessian: "plain": all errors of a layer's outputs count alike; "rows": every output as much as the model's loss
+            feels it, which takes a backward pass over some thousand tokens; "fisher": outputs and tokens, which takes
+            one over all of the text.
         norm: column normalization; None is what the spec says.
         perm: column permutation; None is what the spec says.
         overwrite: replace an output folder that exists.
@@ -216,9 +216,12 @@ def _solve(
     if all(map(workspace.has_block, parts)):  # interrupted while finetuning: nothing to run the text through
         return [report for index in parts for report in workspace.block_reports(index)]
     tokens = None if job.hessian_dir is not None else text.tokens[: len(text.tokens) - text.held_out]
-    weights: Mapping[str, Tensor] = {}
-    if tokens is not None and job.hessian == "fisher":
-        weights = job.workspace.token_weights(lambda: token_weights(job.original.whole_model(), tokens, progress))
+    weights = LossWeights()
+    if tokens is not None and job.hessian != "plain":
+        judged = tokens if job.hessian == "fisher" else row_tokens(tokens)
+        weights = workspace.loss_weights(lambda: loss_weights(skeleton, judged, job.compute_dtype, progress))
+    if job.hessian == "rows":
+        weights.tokens.clear()  # of some of the text only
     solver = BlockSolver.start(job, skeleton, tokens, weights, progress, warnings)
     for index in blocks:
         solver.finish_block(index)

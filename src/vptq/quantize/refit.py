@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vptq.quantize.segments import Segment, decode_all
+from vptq.quantize.segments import Segment, decode_all, weigh_rows
 
 Books = list[list[Tensor]]
 """Codebook-shaped tensors: for each segment, for each stage, [k, v]."""
@@ -47,11 +47,12 @@ def refit_codebooks(
         The decoded columns afterwards.
     """
     precondition = [[1.0 / mass.clamp(min=1e-20)[:, None] for mass in _masses(hessian, s)] for s in segments]
-    residual = _scatter(_weigh(hessian, columns - decode_all(segments)), segments)
+    rows = segments[0].rows
+    residual = _scatter(_weigh(hessian, columns - decode_all(segments), rows), segments)
     direction = scaled = _zip(torch.mul, precondition, residual)
     energy = first = _dot(residual, scaled)
     for _ in range(iterations):
-        image = _scatter(_weigh(hessian, _gather(direction, segments)), segments)
+        image = _scatter(_weigh(hessian, _gather(direction, segments), rows), segments)
         curvature = _dot(direction, image)
         if not curvature > 0.0 or not energy > 0.0:
             break
@@ -72,7 +73,8 @@ def refit_normalization(columns: Tensor, hessian: Tensor, segments: Sequence[Seg
     """Sets scale and shift of every column to their joint least-squares optimum, rounded to `dtype`.
 
     With Q the gathered centroids: for given scales s the best shift of a column is mean(W) - s mean(Q), whatever H is;
-    what is left is (H * Q Q^T) s = (H * Q W^T) 1 for the centered Q and W.
+    what is left is (H * Q Q^T) s = (H * Q W^T) 1 for the centered Q and W. Means and products are over the rows, each
+    as much as it counts.
 
     Args:
         columns: [in_features, out_features] float32, the weight in quantized order.
@@ -84,11 +86,14 @@ def refit_normalization(columns: Tensor, hessian: Tensor, segments: Sequence[Seg
         The decoded columns afterwards.
     """
     gathered = torch.cat([segment.gather(segment.stages) for segment in segments])
-    means, target_means = gathered.mean(1), columns.mean(1)
+    counts = torch.ones_like(columns[0]) if segments[0].rows is None else segments[0].rows
+    shares = counts / counts.sum()
+    means, target_means = gathered @ shares, columns @ shares
     centered, target = gathered - means[:, None], columns - target_means[:, None]
     scale = torch.cat([segment.scale for segment in segments])
-    matrix = hessian * (centered @ centered.T)
-    pull = (hessian * (centered @ (target - scale[:, None] * centered).T)).sum(1)
+    weighed = centered * counts
+    matrix = hessian * (weighed @ centered.T)
+    pull = (hessian * (weighed @ (target - scale[:, None] * centered).T)).sum(1)
     matrix.diagonal().add_(AFFINE_RIDGE * matrix.diagonal().mean().clamp(min=1e-20))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) == 0:
@@ -101,7 +106,8 @@ def refit_normalization(columns: Tensor, hessian: Tensor, segments: Sequence[Seg
     return decode_all(segments)
 
 
-def _weigh(hessian: Tensor, columns: Tensor) -> Tensor:
+def _weigh(hessian: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
+    columns = weigh_rows(columns, rows)
     return hessian @ columns if hessian.dim() == 2 else hessian[:, None] * columns
 
 
@@ -109,7 +115,7 @@ def _masses(hessian: Tensor, segment: Segment) -> list[Tensor]:
     """For each stage [k]: the Hessian diagonal summed over the vectors that use a centroid (Jacobi preconditioner)."""
     diagonal = hessian.diagonal() if hessian.dim() == 2 else hessian
     weights = diagonal[segment.start : segment.stop] * segment.scale.square()
-    spread = weights[:, None].expand(-1, segment.vectors_per_column).reshape(-1)
+    spread = (weights[:, None] * segment.vector_weights).reshape(-1)
     return [
         spread.new_zeros(len(book)).index_add_(0, indices.flatten(), spread)
         for book, indices in zip(segment.stages, segment.indices, strict=True)

@@ -93,7 +93,7 @@ class Report:
         warnings: Lines worth reading.
         hessian_inputs: Whose activations the Hessians are of: "both", "quantized" or "original"; empty where they came
             from files, and in reports from before this was noted.
-        hessian: How calibration tokens were weighed: "plain" or "fisher"; empty as above.
+        hessian: How errors were weighed: "plain", "rows" or "fisher"; empty as above.
         block_finetuning: Relative error of every block's output on held-out text, before and after it was trained.
         finetuning: What end-to-end finetuning did (`finetune.FinetuneReport` as plain data); empty without it.
         rotated: Whether rotations were folded into the weights before.

@@ -31,6 +31,7 @@ class Segment:
         shift: [columns] float32; 0 without normalization.
         stages: the codebooks, each [k, vector_len]: one, or main and residual.
         indices: for each stage [columns, vectors] int64, which centroid a vector takes; changed in place.
+        rows: [out_features] float32, what the error of a row counts; None where all count alike.
     """
 
     start: int
@@ -41,11 +42,20 @@ class Segment:
     shift: Tensor
     stages: list[Tensor] = field(default_factory=list)
     indices: list[Tensor] = field(default_factory=list)
+    rows: Tensor | None = None
 
     @property
     def vectors_per_column(self) -> int:
         """R, the last one padded where the rows do not divide."""
         return -(-self.out_features // self.vector_len)
+
+    @property
+    def vector_weights(self) -> Tensor:
+        """[vectors]: what a vector of any column counts, the mean of its rows."""
+        if self.rows is None:
+            return torch.ones(self.vectors_per_column, device=self.scale.device)
+        inside = self.cut(torch.ones_like(self.rows)[None]).sum(1)
+        return self.cut(self.rows[None]).sum(1) / inside
 
     def parts(self, columns: int) -> Iterator[Segment]:
         """The same columns in runs of so many, in turn."""
@@ -53,7 +63,7 @@ class Segment:
             at = slice(start, min(start + columns, self.stop - self.start))
             yield Segment(
                 self.start + at.start, self.start + at.stop, self.vector_len, self.out_features, self.scale[at],
-                self.shift[at], self.stages, [index[at] for index in self.indices],
+                self.shift[at], self.stages, [index[at] for index in self.indices], self.rows,
             )  # fmt: skip
 
     def cut(self, columns: Tensor) -> Tensor:
@@ -79,10 +89,14 @@ class Segment:
         """[columns, out_features]: what the indices stand for, in the units of the weight."""
         return self.gather(self.stages) * self.scale[:, None] + self.shift[:, None]
 
+    def make_indices(self) -> None:
+        """Room for the indices, which say nothing yet."""
+        shape = (self.stop - self.start, self.vectors_per_column)
+        self.indices = [torch.empty(shape, dtype=torch.int64, device=self.scale.device) for _ in self.stages]
+
     def assign(self, columns: Tensor, beam: int) -> None:
         """Every vector of this segment takes its nearest centroids, without regard to other columns."""
-        shape = (self.stop - self.start, self.vectors_per_column)
-        self.indices = [torch.empty(shape, dtype=torch.int64, device=columns.device) for _ in self.stages]
+        self.make_indices()
         self.assign_columns(self.start, self.stop, columns[self.start : self.stop], None, beam)
 
     def assign_columns(
@@ -121,6 +135,7 @@ class Segment:
             indices,
             residual_indices[0] if residual else None,
             beam,
+            self.rows,
         )
 
 
@@ -150,6 +165,11 @@ def segments_of(weight: QuantizedWeight) -> list[Segment]:
         )  # fmt: skip
         start = at.stop
     return segments
+
+
+def weigh_rows(columns: Tensor, rows: Tensor | None) -> Tensor:
+    """Columns [n, out_features], each row as much as it counts."""
+    return columns if rows is None else columns * rows
 
 
 def decode_all(segments: Sequence[Segment]) -> Tensor:

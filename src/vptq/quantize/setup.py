@@ -23,7 +23,7 @@ from vptq.spec import QuantSpec
 DEFAULT_SPEC = "v8-k65536-256"
 STORED_DTYPES = (torch.float16, torch.bfloat16)
 HESSIAN_INPUTS = ("quantized", "original", "both")
-HESSIANS = ("plain", "fisher")
+HESSIANS = ("plain", "rows", "fisher")
 FINETUNE = ("none", "block", "e2e", "both")
 
 
@@ -73,8 +73,8 @@ def prepare(
         raise ConfigError(f"--hessian-inputs is {hessian_inputs!r}; choose one of {', '.join(HESSIAN_INPUTS)}")
     if hessian not in HESSIANS:
         raise ConfigError(f"--hessian is {hessian!r}; choose one of {', '.join(HESSIANS)}")
-    if hessian == "fisher" and hessian_dir is not None:
-        raise ConfigError("--hessian fisher weighs the tokens of calibration text; --hessian-dir does without any")
+    if hessian != "plain" and hessian_dir is not None:
+        raise ConfigError(f"--hessian {hessian} takes calibration text; --hessian-dir does without any")
     if finetune not in FINETUNE:
         raise ConfigError(f"--finetune is {finetune!r}; choose one of {', '.join(FINETUNE)}")
     if finetune in ("block", "both") and (hessian_dir is not None or hessian_inputs == "original"):

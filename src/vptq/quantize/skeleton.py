@@ -101,7 +101,8 @@ class Skeleton:
         return self.model
 
     def last_states(self, hidden: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """For each of the states that leave the last block [batch, seqlen, width]: the same behind the final norm.
+        """For each of the states that leave the last block [batch, seqlen, width]: the same behind the final norm, with
+        a way back if they ask for gradients.
 
         Raises:
             ConfigError: the model does not say what its last hidden states are.
@@ -109,7 +110,7 @@ class Skeleton:
         self._load_outside(dtype)
         for states in hidden:
             tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
-            with self._leaving(states.to(self.device)), torch.no_grad():
+            with self._leaving(states.to(self.device)), torch.set_grad_enabled(states.requires_grad):
                 output = self.model.get_decoder()(input_ids=tokens, use_cache=False)  # type: ignore[operator]
             last = getattr(output, "last_hidden_state", None)
             if not isinstance(last, Tensor) or last.shape != states.shape:

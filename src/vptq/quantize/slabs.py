@@ -51,6 +51,7 @@ def quantize_stored(
     *,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    rows: Tensor | None = None,
     solver: SolverConfig,
     absorb_perm: bool = True,
 ) -> StoredWeight:
@@ -63,17 +64,19 @@ def quantize_stored(
         generator: likewise.
         dtype: likewise.
         bias: [out_features], passed through.
+        rows: as for `quantize_weight`; anywhere.
         solver: how hard to try.
         absorb_perm: fold the permutation into the indices where the format allows it.
 
     Raises:
         VPTQError: as `quantize_weight`.
     """
+    rows = None if rows is None else rows.to(moments.hessian.device)
     if weight.numel() > LARGEST_AT_ONCE:
-        return _in_slabs(weight, moments, config, generator, dtype, bias, solver, absorb_perm)
+        return _in_slabs(weight, moments, config, generator, dtype, bias, rows, solver, absorb_perm)
     weight = weight.to(moments.hessian.device)
     solution = quantize_weight(
-        moments.target(weight), moments.hessian, config, generator, dtype=dtype, bias=bias, solver=solver
+        moments.target(weight), moments.hessian, config, generator, dtype=dtype, bias=bias, rows=rows, solver=solver
     )
     stored, tensors = _tensors(solution, dtype, absorb_perm)
     return StoredWeight(stored, tensors, solution.losses, solution.damping)
@@ -86,23 +89,28 @@ def _in_slabs(
     generator: torch.Generator,
     dtype: torch.dtype,
     bias: Tensor | None,
+    rows: Tensor | None,
     solver: SolverConfig,
     absorb_perm: bool,
 ) -> StoredWeight:
     hessian = moments.hessian
     vectors = math.lcm(config.vector_len, config.outlier_vector_len or 1)
-    rows = max(1, SLAB // config.in_features // vectors) * vectors
+    height = max(1, SLAB // config.in_features // vectors) * vectors
 
     def target(part: Tensor) -> Tensor:
         return moments.target(part.to(hessian.device))
 
-    sample = target(weight[_spread(config.out_features, rows, vectors)])
+    chosen = _spread(config.out_features, height, vectors)
+    sample = target(weight[chosen])
+    counts = None if rows is None else rows[chosen.to(rows.device)]
     one = dataclasses.replace(config, out_features=len(sample), bias=False)
-    found = quantize_weight(sample, hessian, one, generator, dtype=dtype, solver=solver)
+    found = quantize_weight(sample, hessian, one, generator, dtype=dtype, rows=counts, solver=solver)
     del sample
     parts, error, energy = [], 0.0, 0.0
-    for start in range(0, config.out_features, rows):
-        slab = assign_rows(target(weight[start : start + rows]), hessian, found.weight, dtype=dtype, solver=solver)
+    for start in range(0, config.out_features, height):
+        at = slice(start, start + height)
+        counts = None if rows is None else rows[at]
+        slab = assign_rows(target(weight[at]), hessian, found.weight, counts, dtype, solver)
         stored, tensors = _tensors(slab, dtype, absorb_perm)
         parts.append(tensors)
         error += slab.losses["descent"] * slab.energy

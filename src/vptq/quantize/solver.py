@@ -6,9 +6,10 @@ order:
     normalize -> permute -> k-means -> feedback pass -> (descent sweep -> refit)*          one codebook
                             k-means -> residual k-means -> joint refit -> the same          two codebooks
 
-Two things differ from the paper on purpose (docs/algorithm.md has the figures). The Hessian follows the normalization:
-with W_hat = Q diag(s) + 1 b^T the error of Q is weighted by diag(s) H diag(s), which the published code forgets. And
-assignment and codebooks are optimized in turn until the loss stops falling, where the paper stops after one pass.
+With weights u a row (`fisher.py`) it is tr(E H E^T diag(u)). Two things differ from the paper on purpose
+(docs/algorithm.md has the figures). The Hessian follows the normalization: with W_hat = Q diag(s) + 1 b^T the error of
+Q is weighted by diag(s) H diag(s), which the published code forgets. And assignment and codebooks are optimized in turn
+until the loss stops falling, where the paper stops after one pass.
 
 The solver is pure: tensors, a config and a generator in, a dataclass out.
 """
@@ -29,7 +30,7 @@ from vptq.quantize.feedback import descent_sweep, feedback_pass
 from vptq.quantize.hessian import inverse_factor
 from vptq.quantize.kmeans import weighted_kmeans
 from vptq.quantize.refit import refit_codebooks, refit_normalization
-from vptq.quantize.segments import Segment, decode_all
+from vptq.quantize.segments import Segment, decode_all, weigh_rows
 from vptq.weight import QuantizedWeight
 
 
@@ -97,7 +98,8 @@ class _Problem:
 
     def record(self, stage: str, decoded: Tensor) -> float:
         error = self.columns - decoded
-        loss = float((error * (self.hessian @ error)).sum(dtype=torch.float64)) / self.loss_unit
+        weighed = weigh_rows(error, self.segments[0].rows)
+        loss = float((weighed * (self.hessian @ error)).sum(dtype=torch.float64)) / self.loss_unit
         self.losses[stage] = loss
         return loss
 
@@ -114,6 +116,7 @@ def quantize_weight(
     *,
     dtype: torch.dtype = torch.bfloat16,
     bias: Tensor | None = None,
+    rows: Tensor | None = None,
     solver: SolverConfig | None = None,
 ) -> Solution:
     """Quantizes one linear layer.
@@ -125,13 +128,14 @@ def quantize_weight(
         generator: the only source of randomness; on the device of `weight`.
         dtype: float dtype the result will be stored in; codebooks and scales are rounded to it.
         bias: [out_features], passed through.
+        rows: [out_features] float32, positive: what the squared error of each output counts; None if all count alike.
         solver: how hard to try.
 
     Returns:
         The quantized weight, the loss after each stage, and the damping that was needed.
 
     Raises:
-        ConfigError: shapes that contradict `config`, or NaN or infinity in the weight.
+        ConfigError: shapes that contradict `config`, NaN or infinity in the weight, or rows that count nothing.
         CalibrationError: a Hessian that no damping makes positive definite.
     """
     expected = (config.out_features, config.in_features)
@@ -143,7 +147,9 @@ def quantize_weight(
         raise ConfigError("weight holds NaN or infinity: the model file is damaged")
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError("Hessian holds NaN or infinity: the model overflows on the calibration text")
-    problem = _set_up(weight.float(), hessian.float(), config, solver or SolverConfig(), dtype)
+    if rows is not None and not (rows.shape == weight.shape[:1] and bool(((rows > 0) & rows.isfinite()).all())):
+        raise ConfigError(f"rows must be {config.out_features} positive numbers: what each output counts")
+    problem = _set_up(weight.float(), hessian.float(), config, solver or SolverConfig(), dtype, rows)
     _initialize_codebooks(problem, config, generator)
     factor, damping = inverse_factor(problem.hessian, problem.solver.damping)
     _optimize(problem, factor, affine=config.enable_norm)
@@ -151,20 +157,19 @@ def quantize_weight(
 
 
 def assign_rows(
-    weight: Tensor, hessian: Tensor, found: QuantizedWeight, *, dtype: torch.dtype, solver: SolverConfig
-) -> Solution:
-    """Quantizes rows [rows, in_features] of a layer, float32, with the codebooks, normalization and column order that
-    `quantize_weight` has found for others of it."""
+    weight: Tensor, hessian: Tensor, found: QuantizedWeight, rows: Tensor | None, dtype: torch.dtype,
+    solver: SolverConfig,
+) -> Solution:  # fmt: skip
+    """Quantizes rows [n, in_features] of a layer, float32, with what `quantize_weight` has `found` for others of it."""
     config = dataclasses.replace(found.config, out_features=len(weight))
-    problem = _set_up(weight, hessian, config, solver, dtype, found)
+    problem = _set_up(weight, hessian, config, solver, dtype, rows, found)
     columns, segments = problem.columns, problem.segments
     books = [] if found.outlier_codebook is None else [[found.outlier_codebook]]
     for number, book in enumerate(found.codebook):
         books.append([book] if found.residual_codebook is None else [book, found.residual_codebook[number]])
     for segment, stages in zip(segments, books, strict=True):
-        shape = (segment.stop - segment.start, segment.vectors_per_column)
         segment.stages = stages
-        segment.indices = [torch.empty(shape, dtype=torch.int64, device=weight.device) for _ in stages]
+        segment.make_indices()
     factor, damping = inverse_factor(problem.hessian, solver.damping)
     decoded = feedback_pass(columns, factor, segments, solver.beam_for, solver.block_size)
     decoded = descent_sweep(columns, problem.hessian, segments, decoded, solver.beam_for, solver.block_size)
@@ -178,11 +183,12 @@ def _set_up(
     config: LayerConfig,
     solver: SolverConfig,
     dtype: torch.dtype,
+    rows: Tensor | None,
     found: QuantizedWeight | None = None,
 ) -> _Problem:
     """Normalization, column order (those of `found`, if given) and segments. Dead inputs keep a tiny diagonal, so that
     every column has a cost."""
-    loss_unit = float((weight * (weight @ hessian)).sum(dtype=torch.float64))
+    loss_unit = float((weigh_rows(weight.T, rows) * (hessian @ weight.T)).sum(dtype=torch.float64))
     hessian = hessian.clone()
     hessian.diagonal().clamp_(min=1e-8 * float(hessian.diagonal().mean().clamp(min=1e-20)))
     shift = torch.zeros(config.in_features, device=weight.device)
@@ -209,7 +215,7 @@ def _set_up(
         outliers = config.has_outliers and start == 0
         length = config.outlier_vector_len if outliers else config.vector_len
         at = perm[start:stop]
-        segments.append(Segment(start, stop, length, config.out_features, scale[at], shift[at]))
+        segments.append(Segment(start, stop, length, config.out_features, scale[at], shift[at], rows=rows))
     columns = weight.T[perm].contiguous()
     return _Problem(columns, hessian[perm][:, perm], perm, segments, solver, dtype, max(loss_unit, 1e-30))
 
@@ -220,7 +226,7 @@ def _initialize_codebooks(problem: _Problem, config: LayerConfig, generator: tor
     for number, segment in enumerate(problem.segments):
         outliers = config.has_outliers and number == 0
         vectors = segment.normalized(problem.columns)
-        weights = problem.diagonal(segment)[:, None].expand(-1, segment.vectors_per_column).reshape(-1)
+        weights = (problem.diagonal(segment)[:, None] * segment.vector_weights).reshape(-1)
         sizes = [config.outlier_num_centroids if outliers else config.num_centroids]
         if config.has_residual and not outliers:
             sizes.append(config.num_residual_centroids)

@@ -26,6 +26,7 @@ from vptq.checkpoint import save_tensors, staged_folder, write_json
 from vptq.config import LayerConfig
 from vptq.errors import ConfigError
 from vptq.quantize.block_tuning import TunedBlock
+from vptq.quantize.fisher import LossWeights
 from vptq.quantize.report import LayerReport
 from vptq.quantize.weights import WeightFiles
 from vptq.weight import QuantizedWeight
@@ -96,15 +97,19 @@ class Workspace:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         return WeightFiles(folder).load("tokens"), facts
 
-    def token_weights(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What every token counts to each layer, made by `make` the first time."""
-        folder = self.folder / "token_weights"
+    def loss_weights(self, make: Callable[[], LossWeights]) -> LossWeights:
+        """What rows and tokens count to each layer, made by `make` the first time."""
+        folder = self.folder / "loss_weights"
         if not folder.is_dir():
-            weights = make()
+            made = make()
             with staged_folder(folder) as staging:
-                save_tensors(staging, weights.items())
-        files = WeightFiles(folder)
-        return {path: files.load(path) for path in files}
+                kinds = (("rows", made.rows), ("tokens", made.tokens))
+                save_tensors(staging, [(f"{kind}.{path}", tensor) for kind, by in kinds for path, tensor in by.items()])
+        files, found = WeightFiles(folder), LossWeights()
+        for name in files:
+            kind, _, path = name.partition(".")
+            (found.rows if kind == "rows" else found.tokens)[path] = files.load(name)
+        return found
 
     def save_block(
         self,
