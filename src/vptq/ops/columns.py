@@ -42,7 +42,7 @@ def assign_columns(
     """Chooses centroids for every column in turn; see `vptq.ops.assign_columns`."""
     books = [main] if residual is None else [main, residual]
     stored = [indices] if residual_indices is None else [indices, residual_indices]
-    _check(base, coupling, present, books, stored, beam)
+    check(base, coupling, present, books, stored, beam)
     values, errors = torch.empty_like(base), torch.empty_like(base)
     if base.numel() == 0:
         return values, errors
@@ -130,7 +130,7 @@ def _keep_better(
     return [torch.where(worse, old, new) for old, new in zip(now, chosen, strict=True)]
 
 
-def _check(
+def check(
     base: Tensor,
     coupling: Tensor | None,
     present: Tensor | None,
