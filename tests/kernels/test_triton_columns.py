@@ -115,7 +115,9 @@ def test_indices_that_do_not_lie_side_by_side_are_written_in_place(device: str) 
 
     problem = make(3, 32, 4, (16, 8), coupled=False, held=False, seed=4)
     stored = [torch.full((8, 3), -1, device=device).T for _ in range(2)]
-    moved = [None if t is None else t.to(device) for t in (problem.scale, problem.shift, problem.main, problem.residual)]
+    moved = [
+        None if t is None else t.to(device) for t in (problem.scale, problem.shift, problem.main, problem.residual)
+    ]
     triton_search.assign_columns(problem.base.to(device), None, None, *moved, *stored, 16)
     assert same([index.cpu() for index in stored], problem.run(in_torch.assign_columns, 16)[2:])
 

@@ -109,7 +109,10 @@ def test_neighbours_change_nothing(device: str) -> None:
     vectors, codebook = random(90, 8), random(300, 8, seed=1)
     together = nearest(vectors, codebook, 2, device)
     alone = [nearest(vector[None], codebook, 2, device) for vector in vectors[::30]]
-    assert all(torch.equal(torch.cat(part), whole[::30]) for part, whole in zip(zip(*alone), together, strict=True))
+    assert all(
+        torch.equal(torch.cat(part), whole[::30])
+        for part, whole in zip(zip(*alone, strict=True), together, strict=True)
+    )
 
 
 def test_data_far_from_the_origin_keeps_its_digits(device: str) -> None:

@@ -138,6 +138,7 @@ def check(
     stored: Sequence[Tensor],
     beam: int,
 ) -> None:
+    """Raises ConfigError where shapes, dtypes or `beam` do not fit."""
     columns, rows = base.shape
     if coupling is not None and tuple(coupling.shape) != (columns, columns):
         raise ConfigError(f"coupling is {tuple(coupling.shape)}; {columns} columns need ({columns}, {columns})")

@@ -92,6 +92,7 @@ def _first_smallest(distances: Tensor, beam: int) -> tuple[Tensor, Tensor]:
 
 
 def check(vectors: Tensor, codebook: Tensor, beam: int) -> None:
+    """Raises ConfigError where shapes, dtypes or `beam` do not fit."""
     if vectors.dim() != 2 or codebook.dim() != 2 or vectors.shape[1] != codebook.shape[1] or vectors.shape[1] < 1:
         raise ConfigError(
             f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be two matrices of one width"

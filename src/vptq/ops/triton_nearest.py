@@ -191,7 +191,7 @@ def best_pair(
     x, scale, shift, codebook, residual, who, column, row, rows, present, entries, partners,
     V: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The main centroid among `who` [ROWS, KEPT] and the residual centroid whose sum is nearest, of equals the first."""
+    """The main centroid among `who` [ROWS, KEPT] and the residual one whose sum is nearest; of equals the first."""
     best = tl.full([ROWS], float("inf"), tl.float32)
     main, partner = tl.zeros([ROWS], tl.int32) + LAST, tl.zeros([ROWS], tl.int32)
     slot = tl.arange(0, KEPT)[None, :]

@@ -17,13 +17,18 @@ from torch import Tensor
 
 from vptq.config import LayerConfig
 from vptq.quantize.hessian import Moments
+from vptq.quantize.memory import device_memory_bytes
 from vptq.quantize.solver import Solution, SolverConfig, assign_rows, quantize_weight
 
 LARGEST_AT_ONCE = 2**28
-"""Weights up to which a layer is solved at once: every linear layer in the blocks of a 70B model (8192 x 28672)."""
+"""Weights up to which a layer is solved at once, memory allowing: every linear layer in the blocks of a 70B model
+(8192 x 28672)."""
 
 SLAB = 2**26
 """Weights in a slab: 268 MB a float32 copy."""
+
+SOLVER_BYTES = 64
+"""What the solver takes for each weight, counted with room to spare: some ten float32 copies, most of them k-means'."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def quantize_stored(
     Raises:
         VPTQError: as `quantize_weight`.
     """
-    if weight.numel() > LARGEST_AT_ONCE:
+    if weight.numel() > largest_at_once(moments.hessian.device):
         return _in_slabs(weight, moments, config, generator, dtype, bias, solver, absorb_perm)
     weight = weight.to(moments.hessian.device)
     solution = quantize_weight(
@@ -77,6 +82,13 @@ def quantize_stored(
     )
     stored, tensors = _tensors(solution, dtype, absorb_perm)
     return StoredWeight(stored, tensors, solution.losses, solution.damping)
+
+
+def largest_at_once(device: torch.device) -> int:
+    """Weights up to which a layer is solved at once: fewer on a GPU of little memory (its size, not what is free of it,
+    so that the same device gives the same bytes)."""
+    size = device_memory_bytes(device)
+    return min(LARGEST_AT_ONCE, size // SOLVER_BYTES) if size else LARGEST_AT_ONCE
 
 
 def _in_slabs(
@@ -91,7 +103,8 @@ def _in_slabs(
 ) -> StoredWeight:
     hessian = moments.hessian
     vectors = math.lcm(config.vector_len, config.outlier_vector_len or 1)
-    rows = max(1, SLAB // config.in_features // vectors) * vectors
+    slab = min(SLAB, largest_at_once(hessian.device))
+    rows = max(1, slab // config.in_features // vectors) * vectors
 
     def target(part: Tensor) -> Tensor:
         return moments.target(part.to(hessian.device))
