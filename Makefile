@@ -29,8 +29,10 @@ test: $(VENV)/.test
 # hypothesis; with cuda-core the CUDA kernels are run too. Compiling is most of the time, so pytest-xdist is used where it is.
 gpu:
 	PYTHONPATH=src VPTQ_TRITON_TUNE=0 $(PYTHON) -m pytest -q -m gpu tests/kernels/test_triton*.py tests/kernels/test_cuda*.py \
+		tests/unit/test_gpu_solver.py \
 		$(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_quantize.py --seconds 60
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ PROMISED = {
         *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
         *("--size", "--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
-        *("--hessian", "--finetune", "--lm-head", "--move-indices"),
+        *("--hessian", "--finetune", "--lm-head", "--move-indices", "--workers"),
     },
     "finetune": {
         *("-o", "--output", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--overwrite"),

@@ -91,6 +91,14 @@ HeadOption = Annotated[
         "to the embedding.  [default: stays as it is]",
     ),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that solve layers at once; on GPUs each takes one of its own, from --device on.",
+    ),
+]
 RotateOption = Annotated[
     bool,
     typer.Option(

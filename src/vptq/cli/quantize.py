@@ -27,6 +27,7 @@ from vptq.cli.options import (
     SequencesOption,
     SizeOption,
     StoredDtypeOption,
+    WorkersOption,
     check_start,
 )
 
@@ -113,6 +114,7 @@ def quantize(
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
+    workers: WorkersOption = 1,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
 ) -> None:
@@ -158,6 +160,7 @@ def quantize(
             move_indices=move_indices,
             rotate=rotate,
             lm_head=lm_head,
+            workers=workers,
             progress=bars,
         )
     _print_summary(report, output_dir)

@@ -30,7 +30,11 @@ ENVIRONMENT_VARIABLE = "VPTQ_BACKEND"
 REQUIRED_VARIABLE = "VPTQ_REQUIRE_BACKEND"
 CHOICES = ("reference", "cpu", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
-TRITON_OPERATORS = ("dequantize", "linear")
+TRITON_OPERATORS = {
+    **dict.fromkeys(("dequantize", "linear"), "vptq.ops.triton_ops"),
+    **dict.fromkeys(("nearest", "assign_columns"), "vptq.ops.triton_search"),
+}
+"""Operator -> the module that implements it with Triton kernels."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,8 @@ def _load_triton() -> BackendStatus:
     key, where = _triton_device()
     if not key:
         return BackendStatus("triton", False, False, where)
-    for name in TRITON_OPERATORS:
-        LIBRARY.impl(name, _first_imported("vptq.ops.triton_ops", name), key)
+    for name, module in TRITON_OPERATORS.items():
+        LIBRARY.impl(name, _first_imported(module, name), key)
     few = f"; {_decode_kernels()}" if where == "CUDA" else ""
     return BackendStatus("triton", True, True, f"Triton kernels on {where} for {_covered(key)}{few}")
 

@@ -46,7 +46,7 @@ def assign_columns(
     """Chooses centroids for every column in turn; see `vptq.ops.assign_columns`."""
     books = [main] if residual is None else [main, residual]
     stored = [indices] if residual_indices is None else [indices, residual_indices]
-    _check(base, coupling, present, books, stored, beam, row_weights)
+    check(base, coupling, present, books, stored, beam, row_weights)
     values, errors = torch.empty_like(base), torch.empty_like(base)
     if base.numel() == 0:
         return values, errors
@@ -171,7 +171,7 @@ def _keep_better(
     return [torch.where(worse, old, new) for old, new in zip(now, chosen, strict=True)]
 
 
-def _check(
+def check(
     base: Tensor,
     coupling: Tensor | None,
     present: Tensor | None,
@@ -180,6 +180,7 @@ def _check(
     beam: int,
     row_weights: Tensor | None,
 ) -> None:
+    """Raises ConfigError where shapes, dtypes or `beam` do not fit."""
     columns, rows = base.shape
     if row_weights is not None and tuple(row_weights.shape) != (rows,):
         raise ConfigError(f"row_weights is {tuple(row_weights.shape)}; {rows} rows need ({rows},)")

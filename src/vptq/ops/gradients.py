@@ -1,7 +1,7 @@
 """The gradient of `vptq::dequantize`: what trains codebooks, scales and biases for fixed indices.
 
 A centroid collects the gradients of all vectors that use it, a scatter-add over the indices; a column's scale and bias
-collect those of the column. Sums are float32 whatever the layer's dtype, one vector after the other on a CPU, so that
+collect those of the column. Sums are float32 whatever the layer's dtype, in one order, so that
 the same gradient gives the same bytes. Indices and permutation have none.
 
 Only tensors are saved that the layer holds anyway: the dense weight is not among them.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vptq.ops import dense
+from vptq.ops.scatter import add_by_index
 from vptq.ops.schemas import LIBRARY
 from vptq.packing import from_carrier
 
@@ -73,7 +74,7 @@ def _scatter(grad: Tensor, entries: Tensor, codebook: Tensor, vector_len: int) -
     vectors = padded.view(rows, vector_len, groups, size).permute(2, 0, 3, 1)
     sums = torch.zeros(groups, codebook.shape[1] // vector_len, vector_len, device=grad.device)
     for group in range(groups):
-        sums[group].index_add_(0, entries[group].flatten(), vectors[group].reshape(-1, vector_len))
+        add_by_index(sums[group], entries[group].flatten(), vectors[group].reshape(-1, vector_len))
     return sums.flatten(1)
 
 

@@ -22,7 +22,7 @@ _REDUCED_ROUNDOFF = 2.0**-8  # what float32 multiplications may use when reduced
 
 def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
     """The `beam` nearest centroids of every vector; see `vptq.ops.nearest`."""
-    _check(vectors, codebook, beam)
+    check(vectors, codebook, beam)
     count, centroids = vectors.shape[0], codebook.shape[0]
     indices = vectors.new_empty((count, beam), dtype=torch.int64)
     distances = vectors.new_empty((count, beam))
@@ -91,7 +91,8 @@ def _first_smallest(distances: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     return order[:, :beam], values[:, :beam]
 
 
-def _check(vectors: Tensor, codebook: Tensor, beam: int) -> None:
+def check(vectors: Tensor, codebook: Tensor, beam: int) -> None:
+    """Raises ConfigError where shapes, dtypes or `beam` do not fit."""
     if vectors.dim() != 2 or codebook.dim() != 2 or vectors.shape[1] != codebook.shape[1] or vectors.shape[1] < 1:
         raise ConfigError(
             f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be two matrices of one width"

@@ -63,7 +63,7 @@ def tune_block(
     Returns:
         The best state found, by the held-out batches.
     """
-    student = _student(original, layers).to(batches[0].device)
+    student = _student(original, layers).to(next(original.parameters()).device)
     held_out = max(1, len(batches) // HELD_OUT_SHARE)
     judges, texts = batches[len(batches) - held_out :], batches[: max(1, len(batches) - held_out)]
     steps = max(1, len(texts) * config.epochs)

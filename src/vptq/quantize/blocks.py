@@ -164,7 +164,7 @@ class BlockSolver:
         sizes = [linears[name].weight.numel() for name, _ in tasks]
         solved: Solved = {}
         solve = partial(self._solve_layer, index)
-        for layer in map_layers(solve, tasks, sizes, self.job.device):
+        for layer in map_layers(solve, tasks, sizes, self.job.device, len(self.job.workers)):
             path = layer.report.name
             solved[path] = (layer.report, layer.tensors)
             self._tell(layer)
@@ -196,7 +196,8 @@ class BlockSolver:
         modules = {self._path(index, name): linear for name, linear in self.skeleton.linears(index).items()}
         for path, (config, tensors) in layers.items():
             linear = modules[path]
-            linear.weight.data.copy_(dequantize(config, tensors).to(linear.weight))
+            there = {name: tensor.to(linear.weight.device) for name, tensor in tensors.items()}
+            linear.weight.data.copy_(dequantize(config, there).to(linear.weight))
             if linear.bias is not None:
                 linear.bias.data.copy_(tensors["bias"])
         for name, tensor in others.items():

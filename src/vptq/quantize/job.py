@@ -28,6 +28,7 @@ from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import tied_weights
+from vptq.quantize.workers import Workers
 from vptq.quantize.workspace import Workspace
 from vptq.spec import QuantSpec
 
@@ -67,6 +68,7 @@ class Job:
     solver: SolverConfig
     training: TrainingConfig
     workspace: Workspace
+    workers: Workers
     budget: Budget | None = None
     lm_head: QuantSpec | str | None = None
     planned: Mapping[str, QuantSpec] = field(default_factory=dict)
@@ -193,9 +195,9 @@ class Job:
         """The spec of the layer at path `name`."""
         return self.planned.get(name, self.spec)
 
-    def generator(self, name: str) -> torch.Generator:
-        """What is random about the layer at path `name`, whichever layers come before it."""
-        return torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+    def seed_of(self, name: str) -> int:
+        """What is random about the layer at path `name`, whichever layers come before it and wherever it is solved."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())
 
     def layer_config(self, name: str, linear: nn.Linear) -> LayerConfig:
         """What its spec makes of the layer at path `name`."""

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vptq.errors import ConfigError
 from vptq.ops import nearest
+from vptq.ops.scatter import add_by_index
 
 SEEDING_ROUNDS = 16
 """D^2 batches. On SmolLM2's 20.gate_proj, 8, 16, 64 and 256 rounds end within 1% of each other, less than two seeds
 differ by (v4-k64, v4-k256, v6-k4096; docs/log.md)."""
+
+LINE = 4096
+"""Numbers that a GPU adds up at once for a running sum."""
 
 
 def weighted_kmeans(
@@ -35,7 +40,7 @@ def weighted_kmeans(
         vectors: [N, v] float32, finite.
         weights: [N] float32, not negative; all zero counts as all one.
         num_centroids: k >= 1; with N <= k the vectors themselves are returned, padded with repeats of the last one.
-        generator: the only source of randomness; must live on the device of `vectors`.
+        generator: the only source of randomness; on the CPU, wherever `vectors` are.
         max_iterations: Lloyd steps at most.
         tolerance: stop when a step lowers the weighted error by less than this share of it.
 
@@ -87,22 +92,32 @@ def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
     torch.multinomial refuses more than 2^24 categories; a 7B down_proj has more vectors than that at v=2.
     """
-    running = mass.to(torch.float64).cumsum(0)
+    running = _running_sum(mass.to(torch.float64))
     total = running[-1]
     if not bool(total > 0):
         return torch.empty(0, dtype=torch.int64, device=mass.device)
-    points = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device) * total
+    points = torch.rand(count, generator=generator, dtype=torch.float64).to(mass.device) * total
     positions = torch.searchsorted(running, points, right=True).clamp_(max=len(mass) - 1)
     unique: Tensor = torch.unique(positions)
     return unique
 
 
+def _running_sum(mass: Tensor) -> Tensor:
+    """[N] cumulative sums; on a GPU line by line, since those of one long line are added in an order that varies."""
+    if mass.device.type == "cpu":
+        return mass.cumsum(0)
+    lines = pad(mass, (0, -len(mass) % LINE)).view(-1, LINE).cumsum(1)
+    before = lines[:, -1].cpu().cumsum(0).to(mass.device)
+    lines[1:] += before[:-1, None]
+    return lines.flatten()[: len(mass)]
+
+
 def _means(vectors: Tensor, weights: Tensor, indices: Tensor, errors: Tensor, centroids: Tensor) -> Tensor:
     """Weighted means of the clusters; an empty cluster moves onto one of the worst served vectors."""
     k = centroids.shape[0]
-    mass = torch.zeros(k, dtype=torch.float64, device=vectors.device).index_add_(0, indices, weights.double())
-    sums = torch.zeros(k, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    sums.index_add_(0, indices, (vectors * weights[:, None]).double())
+    mass = add_by_index(vectors.new_zeros(k, dtype=torch.float64), indices, weights.double())
+    sums = vectors.new_zeros(k, vectors.shape[1], dtype=torch.float64)
+    add_by_index(sums, indices, (vectors * weights[:, None]).double())
     means = torch.where(mass[:, None] > 0, sums / mass.clamp(min=1e-300)[:, None], centroids.double()).float()
     empty = (mass == 0).nonzero()[:, 0]
     if len(empty):

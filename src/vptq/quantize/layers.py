@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vptq.config import LayerConfig
@@ -12,7 +13,7 @@ from vptq.errors import VPTQError
 from vptq.quantize.hessian import Moments
 from vptq.quantize.job import Job
 from vptq.quantize.report import LayerReport
-from vptq.quantize.slabs import StoredWeight, quantize_stored
+from vptq.quantize.slabs import StoredWeight
 
 BROKEN_LOSS_FACTOR = 4.0
 """No source is harder than a Gaussian, whose distortion at R bits is 2^-2R; k-means codebooks of every size in use stay
@@ -47,12 +48,16 @@ def solve_layer(
     """
     began = time.monotonic()
     try:
-        stored = quantize_stored(
-            weight, moments, config, job.generator(path), dtype=job.dtype, bias=bias, rows=rows, solver=job.solver,
+        stored = job.workers.solve(
+            weight, moments, config, job.seed_of(path), dtype=job.dtype, bias=bias, rows=rows, solver=job.solver,
             absorb_perm=job.absorb_perm,
         )  # fmt: skip
     except VPTQError as error:
         raise type(error)(f"{path}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise VPTQError(
+            f"{path}: the GPU's memory is full; close what else uses it and go on with --resume, or give --device cpu"
+        ) from error
     seconds = round(time.monotonic() - began, 2)
     report = LayerReport(
         path, stored.config.to_entry(), stored.config.bits_per_weight, stored.losses, seconds, stored.damping

@@ -6,6 +6,15 @@ import ctypes
 import resource
 import sys
 
+import torch
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Memory of a GPU, used or free; 0 for a CPU, which shares the process's own."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+
 
 def peak_memory_bytes() -> int:
     """Most memory this process has held at once, resident."""

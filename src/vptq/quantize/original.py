@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 from vptq.errors import CheckpointError, ConfigError, VPTQError
+from vptq.quantize.memory import device_memory_bytes
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.weights import WeightFiles, covers, spill
 from vptq.source import ModelSource, load_model, load_tokenizer
+
+WHOLE_MODEL_SHARE = 0.7
+"""Of a GPU's memory, for the weights of a whole model; keys, values and activations need the rest."""
 
 
 def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
@@ -108,12 +112,16 @@ class Original:
             return GenerationConfig.from_model_config(self.config)
 
     def whole_model(self) -> Any:
-        """The original in memory, all of it."""
+        """The original in memory, all of it: on the GPU that is asked for if there is room, otherwise on the CPU.
+
+        Where it runs decides what it samples, so the GPU's size counts and not what happens to be free of it.
+        """
         if self.memory_model is not None:
             return self.memory_model
-        if self.spilled.is_dir():
-            return self._from_spill(self.spilled)
-        return load_model(self._source, dtype=self.compute_dtype)
+        spilled = self.spilled.is_dir()
+        model = self._from_spill(self.spilled) if spilled else load_model(self._source, dtype=self.compute_dtype)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        return model.to(self.device) if size <= WHOLE_MODEL_SHARE * device_memory_bytes(self.device) else model
 
     def _load_complete(self) -> Any:
         """The original through transformers, which would fill in a missing tensor with random numbers."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -24,24 +24,30 @@ Result = TypeVar("Result")
 
 
 def map_layers(
-    function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int], device: torch.device
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    device: torch.device,
+    workers: int = 1,
 ) -> Iterator[Result]:
-    """`function` of each item, in order; at the same time where all are small and on the CPU.
+    """`function` of each item, in order; at the same time where workers do the work, or all are small and on the CPU.
 
     Args:
         function: thread-safe.
         items: the largest first makes the best use of the threads.
         sizes: how many weights each has.
         device: where `function` computes.
+        workers: processes that `function` leaves the work to; 1 where it does it itself.
 
     Yields:
         The results in the order of the items, each as soon as it and those before it are there.
     """
-    threads = min(torch.get_num_threads(), len(items))
-    if threads < 2 or device.type != "cpu" or max(sizes) > SMALL_LAYER:
+    threads = min(workers if workers > 1 else torch.get_num_threads(), len(items))
+    alone = workers == 1 and (device.type != "cpu" or max(sizes) > SMALL_LAYER)
+    if threads < 2 or alone:
         yield from map(function, items)
         return
-    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+    with nullcontext() if workers > 1 else _one_thread_each(), ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in futures:

@@ -60,6 +60,7 @@ def quantize(
     move_indices: float = 0.0,
     rotate: bool = False,
     lm_head: str | QuantSpec | None = None,
+    workers: int = 1,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -96,6 +97,8 @@ def quantize(
             outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
         lm_head: spec of the output head, or "auto" with a budget; None leaves it as it is. One that is tied to the
             embedding is refused, unless `rotate` takes them apart.
+        workers: processes that solve layers at once; on GPUs each takes one of its own, from `device` on. A script that
+            gives more than 1 must run from under `if __name__ == "__main__":`, as the processes import it again.
         progress: told about every step.
 
     Returns:
@@ -112,14 +115,15 @@ def quantize(
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
         absorb_perm=absorb_perm, finetune=finetune, move_indices=move_indices, rotate=rotate,
-        budget=Budget.read(bits, size), lm_head=lm_head,
+        budget=Budget.read(bits, size), lm_head=lm_head, workers=workers,
     )  # fmt: skip
     check_head(job)
     check_budget(job)
     keep_large_tensors_out_of_the_heap()
     job.enter_workspace()
     try:
-        report = _run(job, progress or (lambda event: None), started)
+        with job.workers:
+            report = _run(job, progress or (lambda event: None), started)
     except (CalibrationError, ConfigError):
         job.leave_workspace()  # the same input would fail again
         raise

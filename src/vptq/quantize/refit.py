@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vptq.ops.scatter import add_by_index
 from vptq.quantize.segments import Segment, decode_all, weigh_rows
 
 Books = list[list[Tensor]]
@@ -117,7 +118,7 @@ def _masses(hessian: Tensor, segment: Segment) -> list[Tensor]:
     weights = diagonal[segment.start : segment.stop] * segment.scale.square()
     spread = (weights[:, None] * segment.vector_weights).reshape(-1)
     return [
-        spread.new_zeros(len(book)).index_add_(0, indices.flatten(), spread)
+        add_by_index(spread.new_zeros(len(book)), indices.flatten(), spread)
         for book, indices in zip(segment.stages, segment.indices, strict=True)
     ]
 
@@ -135,7 +136,7 @@ def _scatter(columns: Tensor, segments: Sequence[Segment]) -> Books:
         vectors = segment.cut(columns[segment.start : segment.stop] * segment.scale[:, None])
         books.append(
             [
-                torch.zeros_like(book).index_add_(0, index.flatten(), vectors)
+                add_by_index(torch.zeros_like(book), index.flatten(), vectors)
                 for book, index in zip(segment.stages, segment.indices, strict=True)
             ]
         )
@@ -152,4 +153,5 @@ def _plus(left: Books, factor: float, right: Books) -> Books:
 
 def _dot(left: Books, right: Books) -> float:
     products = _zip(torch.mul, left, right)
-    return sum(float(product.sum(dtype=torch.float64)) for stages in products for product in stages)
+    sums = [product.sum(dtype=torch.float64) for stages in products for product in stages]
+    return float(torch.stack(sums).sum())  # one wait for a GPU, not one a codebook

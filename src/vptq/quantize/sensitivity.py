@@ -33,7 +33,6 @@ from vptq.quantize.job import Job
 from vptq.quantize.parallel import map_layers
 from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton, head_of, linears_of
-from vptq.quantize.slabs import quantize_stored
 from vptq.quantize.solver import SolverConfig
 from vptq.reference import dequantize
 
@@ -169,7 +168,7 @@ class _Walk:
             self.specs.append(spec.name)
             tasks += [(name, linear.weight.data, linear, hessians[name]) for name, linear in unit.items()]
         sizes = [weight.numel() for _, weight, _, _ in tasks]
-        solved = map_layers(self._solve, tasks, sizes, self._job.device)
+        solved = map_layers(self._solve, tasks, sizes, self._job.device, len(self._job.workers))
         return {name: weight for (name, *_), weight in zip(tasks, solved, strict=True)}
 
     def _solve(self, task: tuple[str, Tensor, nn.Linear, Tensor]) -> Tensor:
@@ -177,8 +176,8 @@ class _Walk:
         job = self._job
         config = dataclasses.replace(job.fit(reference_of(job.candidates(linear)).spec, linear), bias=False)
         try:
-            stored = quantize_stored(
-                weight, Moments(hessian), config, job.generator(name), dtype=job.dtype, solver=QUICK
+            stored = job.workers.solve(
+                weight, Moments(hessian), config, job.seed_of(name), dtype=job.dtype, solver=QUICK
             )
         except VPTQError as error:
             raise type(error)(f"{name}: {error}") from error

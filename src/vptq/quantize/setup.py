@@ -16,6 +16,7 @@ from vptq.quantize.job import Job
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
+from vptq.quantize.workers import Workers, worker_devices
 from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
@@ -51,6 +52,7 @@ def prepare(
     rotate: bool = False,
     budget: Budget | None = None,
     lm_head: str | QuantSpec | None = None,
+    workers: int = 1,
 ) -> Job:
     """Checks everything that can be checked without reading weights. With neither spec nor budget, DEFAULT_SPEC it is.
 
@@ -130,6 +132,7 @@ def prepare(
         solver=SolverConfig(),
         training=TrainingConfig(),
         workspace=workspace,
+        workers=Workers(worker_devices(place, workers)),
         budget=budget,
         lm_head=head,
     )

@@ -17,13 +17,18 @@ from torch import Tensor
 
 from vptq.config import LayerConfig
 from vptq.quantize.hessian import Moments
+from vptq.quantize.memory import device_memory_bytes
 from vptq.quantize.solver import Solution, SolverConfig, assign_rows, quantize_weight
 
 LARGEST_AT_ONCE = 2**28
-"""Weights up to which a layer is solved at once: every linear layer in the blocks of a 70B model (8192 x 28672)."""
+"""Weights up to which a layer is solved at once, memory allowing: every linear layer in the blocks of a 70B model
+(8192 x 28672)."""
 
 SLAB = 2**26
 """Weights in a slab: 268 MB a float32 copy."""
+
+SOLVER_BYTES = 64
+"""What the solver takes for each weight, counted with room to spare: some ten float32 copies, most of them k-means'."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def quantize_stored(
         VPTQError: as `quantize_weight`.
     """
     rows = None if rows is None else rows.to(moments.hessian.device)
-    if weight.numel() > LARGEST_AT_ONCE:
+    if weight.numel() > largest_at_once(moments.hessian.device):
         return _in_slabs(weight, moments, config, generator, dtype, bias, rows, solver, absorb_perm)
     weight = weight.to(moments.hessian.device)
     solution = quantize_weight(
@@ -80,6 +85,13 @@ def quantize_stored(
     )
     stored, tensors = _tensors(solution, dtype, absorb_perm)
     return StoredWeight(stored, tensors, solution.losses, solution.damping)
+
+
+def largest_at_once(device: torch.device) -> int:
+    """Weights up to which a layer is solved at once: fewer on a GPU of little memory (its size, not what is free of it,
+    so that the same device gives the same bytes)."""
+    size = device_memory_bytes(device)
+    return min(LARGEST_AT_ONCE, size // SOLVER_BYTES) if size else LARGEST_AT_ONCE
 
 
 def _in_slabs(
@@ -95,7 +107,8 @@ def _in_slabs(
 ) -> StoredWeight:
     hessian = moments.hessian
     vectors = math.lcm(config.vector_len, config.outlier_vector_len or 1)
-    height = max(1, SLAB // config.in_features // vectors) * vectors
+    slab = min(SLAB, largest_at_once(hessian.device))
+    height = max(1, slab // config.in_features // vectors) * vectors
 
     def target(part: Tensor) -> Tensor:
         return moments.target(part.to(hessian.device))
@@ -110,11 +123,11 @@ def _in_slabs(
     for start in range(0, config.out_features, height):
         at = slice(start, start + height)
         counts = None if rows is None else rows[at]
-        slab = assign_rows(target(weight[at]), hessian, found.weight, counts, dtype, solver)
-        stored, tensors = _tensors(slab, dtype, absorb_perm)
+        solved = assign_rows(target(weight[at]), hessian, found.weight, counts, dtype, solver)
+        stored, tensors = _tensors(solved, dtype, absorb_perm)
         parts.append(tensors)
-        error += slab.losses["descent"] * slab.energy
-        energy += slab.energy
+        error += solved.losses["descent"] * solved.energy
+        energy += solved.energy
     whole = parts[0] | {
         name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0] if name.endswith("indices")
     }

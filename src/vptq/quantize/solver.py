@@ -125,7 +125,7 @@ def quantize_weight(
         weight: [out_features, in_features], any float dtype, on the device to work on.
         hessian: [in_features, in_features] float32, symmetric: E[x x^T] of the layer's inputs.
         config: vector length, codebook sizes, outliers, groups, normalization, permutation.
-        generator: the only source of randomness; on the device of `weight`.
+        generator: the only source of randomness, on the CPU.
         dtype: float dtype the result will be stored in; codebooks and scales are rounded to it.
         bias: [out_features], passed through.
         rows: [out_features] float32, positive: what the squared error of each output counts; None if all count alike.
