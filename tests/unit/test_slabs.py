@@ -40,7 +40,7 @@ def test_slabs_lose_little_more_than_the_whole(
 ) -> None:
     config = LayerConfig(IN, OUT, **{"vector_len": 4, "num_centroids": 32, "bias": True} | options)
     whole, loss = solve(config, absorb_perm=absorb_perm)
-    monkeypatch.setattr(slabs, "LARGEST_AT_ONCE", 0)
+    monkeypatch.setattr(slabs, "LARGEST_AT_ONCE", 500 * IN)
     monkeypatch.setattr(slabs, "SLAB", 500 * IN)
     parts, loss_of_parts = solve(config, absorb_perm=absorb_perm)
     assert parts.config == whole.config

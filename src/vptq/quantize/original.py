@@ -119,7 +119,7 @@ class Original:
         if self.memory_model is not None:
             return self.memory_model
         spilled = self.spilled.is_dir()
-        model = self._from_spill(self.spilled) if spilled else load_model(self._source, dtype=self.compute_dtype)
+        model: Any = self._from_spill(self.spilled) if spilled else load_model(self._source, dtype=self.compute_dtype)
         size = sum(parameter.nbytes for parameter in model.parameters())
         return model.to(self.device) if size <= WHOLE_MODEL_SHARE * device_memory_bytes(self.device) else model
 
