@@ -30,7 +30,7 @@ ENVIRONMENT_VARIABLE = "VPTQ_BACKEND"
 REQUIRED_VARIABLE = "VPTQ_REQUIRE_BACKEND"
 CHOICES = ("reference", "cpu", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
-TRITON_OPERATORS = ("dequantize", "linear")
+TRITON_OPERATORS = ("dequantize", "linear", "linear_group")
 
 
 @dataclass(frozen=True)
