@@ -7,6 +7,9 @@ says where they cross and what its constants should be. A call is replayed from 
 with the second-level cache flushed before it, as the other layers of a model do; times are medians. What a call costs
 outside a graph, Python included, is told for one layer. Codebooks and indices are random, the worst case for caches.
 
+Before that a whole Llama-2-7B of random weights (llama.py) generates in a CUDA graph, in float16 and in each config:
+tokens a second, with layers that read the same input run together and apart, and memory.
+
 Kernels are compiled first, by several processes at once. When the time is over the rest is left out, by name. One line
 of JSON comes last; it is also written to benchmarks/results/gpu-NAME.json.
 """
@@ -21,18 +24,19 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from llama import Shape, end_to_end, random_layer
 from torch import Tensor
 from torch.nn import functional
 
 from vptq.linear import VQuantLinear
 from vptq.ops import triton_paths
-from vptq.spec import QuantSpec
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ("v8-k256-256", "v4-k256", "v8-k4096", "v6-k4096", "v8-k65536", "v8-k65536-256")
@@ -42,19 +46,6 @@ WAYS = (triton_paths.CUDA, triton_paths.VECTOR, triton_paths.TILES, triton_paths
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672))
 LIMITS = {triton_paths.CUDA: triton_paths.CUDA_TOKENS, triton_paths.VECTOR: 8}
 """The most tokens that a way takes, or for which one at a time is worth timing."""
-
-
-def random_layer(name: str, shape: tuple[int, int]) -> VQuantLinear:
-    """Random codebooks, and index bits that are uniform."""
-    layer = VQuantLinear.from_config(QuantSpec.parse(name).for_layer(shape[1], shape[0], False), torch.float16, "cuda")
-    for tensor_name, parameter in layer.named_parameters():
-        if parameter.dtype.is_floating_point:
-            parameter.data.normal_(std=0.02)
-        elif tensor_name == "indices":
-            parameter.data.random_(-(2**31), 2**31 - 1)
-        else:
-            parameter.data.copy_(torch.randperm(shape[1]))
-    return layer
 
 
 def run(way: str, layer: VQuantLinear, x: Tensor) -> Tensor | None:
@@ -175,6 +166,23 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def whole_models(configs: list[str], tokens: int, shape: Shape, has_time: Callable[[], bool]) -> list[dict[str, Any]]:
+    """float16 first, since every row is compared with it."""
+    rows: list[dict[str, Any]] = []
+    for name in ["", *configs] if tokens else []:
+        if has_time():
+            row = end_to_end(name, shape, tokens)
+            row["times_fp16"] = row["tokens_per_second"] / (rows or [row])[0]["tokens_per_second"]
+            rows.append(row)
+            print(
+                f"{row['config']:14} whole 7B, one token: {row['tokens_per_second']:7.1f} tokens/s, "
+                f"{row['times_fp16']:5.2f} x fp16, {row.get('apart_tokens_per_second', 0.0):7.1f} with layers apart, "
+                f"{row['memory_bytes'] / 1e9:6.2f} GB, {row['memory_over_stored']:.2f} of what is stored",
+                flush=True,
+            )
+    return rows
+
+
 def commit() -> str:
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -187,6 +195,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="after so long, start nothing new")
     parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--generate", type=int, default=100, help="tokens of the whole models; 0 leaves them out")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--json", type=Path, help="instead of benchmarks/results/gpu-NAME.json")
     return parser.parse_args()
@@ -216,6 +225,11 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+
+    def has_time() -> bool:
+        return time.monotonic() - began <= arguments.seconds
+
+    result["whole_models"] = whole_models(configs, arguments.generate, Shape(), has_time)
     with torch.inference_mode():
         result["bandwidth_gb_per_second"] = bandwidth() / 1e9
         result["eager_microseconds"] = {name: eager_microseconds(random_layer(name, SHAPES[0])) for name in configs}
@@ -224,10 +238,10 @@ def main() -> None:
             inputs = {count: torch.randn(count, shape[1], dtype=torch.float16, device="cuda") for count in tokens}
             fp16 = {count: microseconds(partial(functional.linear, x, weight)) for count, x in inputs.items()}
             for name in configs:
-                if time.monotonic() - began > arguments.seconds:
-                    left_out.append(f"{name} {shape[0]}x{shape[1]}")
-                else:
+                if has_time():
                     rows += measure(name, shape, tokens, fp16)
+                else:
+                    left_out.append(f"{name} {shape[0]}x{shape[1]}")
     result |= {"rows": rows, "left_out": left_out, "crossovers_measured": crossovers(rows)}
     result["tiles"] = {key: str(tile) for key, tile in triton_tiles._chosen.items()}
     for name, seconds in result["eager_microseconds"].items():

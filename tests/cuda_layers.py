@@ -18,7 +18,6 @@ from triton_layers import layer_of
 from vptq.config import LayerConfig
 from vptq.ops import cuda_compile, cuda_launch, triton_ops
 from vptq.ops.cuda_plan import Card, Kind
-from vptq.ops.triton_layer import layer_sizes, signature
 
 KIB = 1 << 10
 H100, A100, RTX_4090, T4 = (
@@ -95,10 +94,9 @@ def _built(kind: Kind, folder: Path) -> ctypes.CDLL:
 
 def decode(layer: torch.nn.Module, x: Tensor) -> Tensor | None:
     """The layer's output by the CUDA kernel, on the CPU; None where it leaves the layer to Triton."""
-    sizes = layer_sizes(signature(layer._stored()), *layer._sizes)
     x = x.to(layer.indices.device)
-    y = cuda_launch.decode(x, triton_ops._pointers(layer._stored()), layer.bias, sizes)
-    return y if y is None else y.cpu()
+    y = cuda_launch.decode(x, [triton_ops._layer(layer._stored(), layer.bias, layer._sizes)])
+    return y if y is None else y.view(len(x), -1).cpu()
 
 
 def check_decode(config: LayerConfig, dtype: torch.dtype, device: str, tokens: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ column biases and bias; indices have none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ import vptq.ops  # noqa: F401 (registers the operators)
 from vptq.config import LayerConfig, tensor_specs
 from vptq.ops.schemas import check_input
 from vptq.weight import QuantizedWeight, check_indices, check_stored, normalize
+
+if TYPE_CHECKING:
+    from vptq.shared_input import SharedInput
 
 # The operators themselves: the typed wrappers of `vptq.ops` would cost a call more per layer and token.
 _linear = torch.ops.vptq.linear.default
@@ -92,6 +95,7 @@ class VQuantLinear(nn.Module):
 
     Attributes:
         codebook_form: What kernels may make of the codebooks, see `vptq.ops.linear`; not stored.
+        shared_input: The layers that this one runs together with, see `vptq.shared_input`; not stored.
 
     Raises:
         ConfigError: The values contradict each other.
@@ -138,6 +142,7 @@ class VQuantLinear(nn.Module):
         config = self.config
         self._sizes = (config.in_features, config.out_features, config.vector_len, config.outlier_vector_len)
         self.codebook_form = ""
+        self.shared_input: SharedInput | None = None
         self.in_features = in_features
         self.out_features = out_features
         self.bias: nn.Parameter | None
@@ -206,15 +211,15 @@ class VQuantLinear(nn.Module):
                 # Who trains under autocast expects a linear layer to take what it gets.
                 return functional.linear(x, self.dequantize_with_gradient(), bias)
             check_input(x, self._codebook("centroids"), self.in_features)  # type: ignore[arg-type]
-        y: Tensor
+        y: Tensor | None = None
         if torch.is_grad_enabled():
             if any(p.requires_grad for p in self.parameters()):
                 return functional.linear(x, self.dequantize_with_gradient(), bias)
             if x.requires_grad:
                 y = _Frozen.apply(x, bias, self._sizes, self.codebook_form, *self._stored())  # type: ignore[no-untyped-call]
-                return y
-        y = _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form)
-        return y
+        if y is None and self.shared_input is not None:
+            y = self.shared_input.output(self, x)
+        return _linear(x, *self._stored(), bias, *self._sizes, self.codebook_form) if y is None else y
 
     def dequantize(self) -> Tensor:
         """The dense weight [out_features, in_features] in the layer's dtype, detached."""

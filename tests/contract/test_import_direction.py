@@ -16,7 +16,7 @@ RANKS = (
     ("spec",),
     ("packing", "weight", "reference"),
     ("ops",),
-    ("linear", "shards", "checkpoint"),
+    ("linear", "shared_input", "shards", "checkpoint"),
     ("text", "source", "sampling", "streaming"),
     ("quantize",),
     ("model",),
@@ -27,8 +27,8 @@ RANKS = (
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
-INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint", "source",
-             "model", "integrations", "sampling", "streaming",
+INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shared_input", "shards", "checkpoint",
+             "source", "model", "integrations", "sampling", "streaming",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 

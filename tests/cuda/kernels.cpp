@@ -4,6 +4,7 @@
 #include "shim.h"
 
 #include "lookup.cuh"
+#include "layers.cuh"
 
 #define VPTQ_KERNEL VPTQ_BEFORE, VPTQ_TOKENS, VPTQ_AFTER
 #define VPTQ_JOIN(a, b) a##b

@@ -1,6 +1,8 @@
-"""The implementations of `vptq::assign_columns`, one after another."""
+"""The implementations of `vptq::assign_columns`, one after another; and where CUDA kernels lie that g++ compiled."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from column_problems import IMPLEMENTATIONS, Assign
@@ -15,3 +17,8 @@ def assign(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         return in_torch.assign_columns
     monkeypatch.setenv("VPTQ_CPU_ISA", request.param)
     return ops.assign_columns
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 SMALL = Card(2, 40 << 10)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture(autouse=True)
 def kernels(device: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsCpp | None:
     if device != "cpu":

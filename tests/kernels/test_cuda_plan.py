@@ -38,12 +38,12 @@ def test_where_codebooks_lie(form: str, card: Card, copies: tuple[int, int]) -> 
     form=st.sampled_from(sorted(FORMS)),
     card=st.sampled_from((H100, A100, RTX_4090, T4, Card(3, 48 * KIB))),
     tokens=st.integers(1, TOKENS[-1]),
-    rows=st.integers(1, 30000),
+    rows=st.lists(st.integers(1, 30000), min_size=1, max_size=cuda_plan.LAYERS).map(tuple),
     groups=st.integers(1, 4),
     group_size=st.integers(1, 30000),
 )
 def test_a_launch_covers_the_layer_within_the_card(
-    form: str, card: Card, tokens: int, rows: int, groups: int, group_size: int
+    form: str, card: Card, tokens: int, rows: tuple[int, ...], groups: int, group_size: int
 ) -> None:
     kind = kind_of(torch.float16, *FORMS[form], card)
     if kind is None:
@@ -54,10 +54,20 @@ def test_a_launch_covers_the_layer_within_the_card(
     assert launch.columns % STEP == 0
     assert (launch.slices_a_group - 1) * launch.columns < group_size <= launch.slices_a_group * launch.columns
     assert launch.grid[1] == groups * launch.slices_a_group
-    assert launch.grid[0] >= 1
-    assert launch.grid[0] == 1 or launch.grid[0] * launch.grid[1] <= card.multiprocessors
+    assert launch.grid[0] == sum(launch.blocks)
+    assert len(launch.blocks) == len(rows)
+    assert min(launch.blocks) >= 1
+    assert sum(blocks for blocks in launch.blocks if blocks > 1) * launch.grid[1] <= card.multiprocessors
     assert launch.threads // 32 % launch.across == 0
     assert launch.across * STEP <= launch.columns
+
+
+def test_layers_of_one_launch_share_the_card_by_their_rows() -> None:
+    kind = kind_of(torch.float16, *FORMS["v8-k4096"], H100)
+    assert kind is not None
+    assert plan(kind, 1, (4096, 1024, 1024), 1, 4096, H100).blocks == (88, 22, 22)
+    assert plan(kind, 1, (11008, 11008), 1, 4096, H100).blocks == (66, 66)
+    assert plan(kind, 1, (64, 16, 16), 1, 4096, H100).blocks == (4, 1, 1), "no more than they have work for"
 
 
 def test_a_card_too_small_for_the_indices_is_left_to_triton() -> None:

@@ -26,18 +26,27 @@ def compile(name, target, floats, v, absent):
     kernel, tile, padded = getattr(kernels, name), FIRST[name][0], 1 << (v - 1).bit_length()
     constants = {
         "GROUPS": 1, "BITS": 12, "RESIDUAL_BITS": 0, "V": v, "VP": padded, "VO": 4, "ROWS": tile.rows(padded),
-        "COLUMNS": tile.columns, "TOKENS": 16, "WHOLE": True, **dict.fromkeys(absent),
+        "COLUMNS": tile.columns, "TOKENS": 16, **dict.fromkeys(absent),
     }
     pointers = {"indices": "*i32", "outlier_indices": "*i16", "perm": "*i16", "inverse": "*i32"}
     pointers.update(dict.fromkeys(FLOATS, floats))
-    signature, fixed, aligned = {}, {}, {}
-    for place, argument in enumerate(kernel.arg_names):
+    fixed, aligned = {}, {}
+
+    def described(argument, *path):
         if argument in constants:
-            signature[argument], fixed[(place,)] = "constexpr", constants[argument]
-        else:
-            signature[argument] = pointers.get(argument, "i32")
-            if argument in pointers:
-                aligned[(place,)] = [["tt.divisibility", 16]]
+            fixed[path] = constants[argument]
+            return "constexpr"
+        if argument in pointers:
+            aligned[path] = [["tt.divisibility", 16]]
+        return pointers.get(argument, "i32")
+
+    def layer(*path):
+        return kernels.Layer(*(described(field, *path, at) for at, field in enumerate(kernels.Layer._fields)))
+
+    signature = {
+        argument: (layer(place, 0), layer(place, 1)) if argument == "layers" else described(argument, place)
+        for place, argument in enumerate(kernel.arg_names)
+    }
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     source = ASTSource(kernel, signature, fixed, aligned)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
@@ -61,8 +70,8 @@ CASES = (
     ("multiply_tiles", MI300, "*fp16", 8, RESIDUAL + OUTLIERS),
     ("dequantize_tiles", HOPPER, "*fp16", 12, RESIDUAL + OUTLIERS),
 )
-LOOKUPS = {"multiply_vector": 4, "multiply_tiles": 8, "dequantize_tiles": 4}
-"""A thread's vectors of a tile: rows times columns over the threads of four warps."""
+LOOKUPS = {"multiply_vector": 2 * 4, "multiply_tiles": 8, "dequantize_tiles": 4}
+"""A thread's vectors of a tile: rows times columns over the threads of four warps. Of two layers in the first."""
 
 
 @pytest.mark.slow

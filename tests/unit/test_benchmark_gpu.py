@@ -12,6 +12,7 @@ import pytest
 import torch
 from random_layers import random_weight
 
+from vptq import shared_input
 from vptq.linear import VQuantLinear
 from vptq.spec import QuantSpec
 
@@ -19,7 +20,8 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture
-def gpu() -> ModuleType:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
     assert spec is not None
     assert spec.loader is not None
@@ -74,3 +76,52 @@ def test_crossovers_are_where_the_sum_of_all_rows_turns(
         other = dict.fromkeys(times, 2.0)  # a layer with no preference changes nothing
         rows += [{"tokens": tokens, "microseconds": times}, {"tokens": tokens, "microseconds": other}]
     assert tuple(gpu.crossovers(rows).values()) == expected
+
+
+SMALL = {"blocks": 2, "hidden": 32, "inner": 48, "heads": 4, "kv_heads": 2, "vocabulary": 63, "context": 24}
+
+
+def test_the_whole_model_is_a_llama(gpu: ModuleType) -> None:
+    """With the same weights it says what transformers' Llama says."""
+    import llama
+    from model_zoo import tiny
+
+    theirs = tiny("llama", rms_norm_eps=1e-6)
+    ours = llama.Llama(llama.Shape(**SMALL), lambda width, rows: torch.nn.Linear(width, rows, bias=False))
+    ours.load_state_dict(theirs.state_dict())
+    prompt = torch.tensor([[5]])
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.inference_mode():
+        for token in (3, 5):  # a second sequence is not told of the first
+            ours.restart(token)
+            found = [int(ours.step()) for _ in range(20)]
+    assert found == expected[0, 1:].tolist()
+
+
+def test_whole_models_are_measured_together_and_apart(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama
+
+    monkeypatch.setattr(shared_input, "_pays", lambda device: True)
+    stored, served = {}, []
+    operator = shared_input._linear_group
+    monkeypatch.setattr(shared_input, "_linear_group", lambda *a: (served.append(len(a[2]) // 4), operator(*a))[1])
+    for name in ("", "v8-k16"):
+        row = llama.end_to_end(name, llama.Shape(**SMALL), 4, "cpu")
+        assert row["tokens_per_second"] > 0
+        assert ("apart_tokens_per_second" in row) == bool(name)
+        stored[name] = row["stored_bytes"]
+    assert stored["v8-k16"] < stored[""]
+    assert served == [3, 2] * 2 * 5, "of two blocks, in four steps and one to begin with"
+
+
+def test_rows_of_whole_models_are_compared_with_float16(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"": 50.0, "a": 100.0, "b": 25.0}
+
+    def end_to_end(name: str, *_: Any) -> dict[str, Any]:
+        return {"config": name, "tokens_per_second": speed[name], "memory_bytes": 1e9, "memory_over_stored": 1.0}
+
+    monkeypatch.setattr(gpu, "end_to_end", end_to_end)
+    rows = gpu.whole_models(["a", "b"], 10, None, lambda: True)
+    assert [row["times_fp16"] for row in rows] == [1.0, 2.0, 0.5]
+    assert gpu.whole_models(["a"], 0, None, lambda: True) == []
+    assert gpu.whole_models(["a"], 10, None, lambda: False) == []

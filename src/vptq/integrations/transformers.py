@@ -31,6 +31,7 @@ from vptq.integrations.matching import LayerMatch, match_layers
 from vptq.integrations.offload import index_tensors, is_offloaded, keep_layers_whole
 from vptq.integrations.precision import check_fits, dtype_for
 from vptq.linear import VQuantLinear
+from vptq.shared_input import fuse_shared_inputs
 from vptq.weight import check_indices, normalize
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class VptqHfQuantizer(HfQuantizer):
             layer.requires_grad_(False)  # the loader makes every float a trainable parameter
         if self._narrowed:
             check_fits(model)
+        fuse_shared_inputs(model)
         self.quantization_config.store(
             QuantConfig(
                 layers={match.stored_path: match.config for match in self._matches},

@@ -1,4 +1,4 @@
-"""The operators: `linear`, `dequantize`, `nearest` and `assign_columns`, the same on every device.
+"""The operators: `linear`, `linear_group`, `dequantize`, `nearest` and `assign_columns`, the same on every device.
 
 Each is one `torch.library` schema (`vptq::linear`, ...) with a PyTorch implementation for every device and faster ones
 where a backend has them; see `schemas` for the contract, `backends` for the choice. The functions here give them
@@ -7,13 +7,15 @@ types, defaults and documentation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from vptq.ops import columns, dense, gradients, search  # noqa: F401 (registers the gradient)
+from vptq.ops import columns, dense, gradients, group, search  # noqa: F401 (register themselves)
 from vptq.ops.backends import BackendStatus, backends, tell_when_missed
 
-__all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "nearest"]
+__all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "linear_group", "nearest"]
 
 tell_when_missed(
     {"linear": dense.linear, "nearest": search.nearest, "assign_columns": columns.assign_columns}
@@ -138,6 +140,24 @@ def linear(
         outlier_vector_len,
         codebook_form,
     )
+    return result
+
+
+def linear_group(x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """`linear` of several layers with the same input: one launch on a GPU, for few tokens and layers that are alike.
+
+    Args:
+        x: [..., in_features] in the layers' dtype.
+        tensors: Ten of each layer: the nine that `dequantize` takes, and its bias.
+        sizes: Four of each layer: in_features, out_features, vector_len, outlier_vector_len.
+
+    Returns:
+        The layers' outputs [..., out_features] one after the other, flat.
+
+    Raises:
+        ConfigError: `x` has the wrong width or dtype.
+    """
+    result: Tensor = torch.ops.vptq.linear_group.default(x, tensors, sizes)
     return result
 
 

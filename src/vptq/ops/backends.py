@@ -31,7 +31,7 @@ REQUIRED_VARIABLE = "VPTQ_REQUIRE_BACKEND"
 CHOICES = ("reference", "cpu", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 TRITON_OPERATORS = {
-    **dict.fromkeys(("dequantize", "linear"), "vptq.ops.triton_ops"),
+    **dict.fromkeys(("dequantize", "linear", "linear_group"), "vptq.ops.triton_ops"),
     **dict.fromkeys(("nearest", "assign_columns"), "vptq.ops.triton_search"),
 }
 """Operator -> the module that implements it with Triton kernels."""

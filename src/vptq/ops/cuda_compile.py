@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vptq.ops.cuda_plan import TOKENS, Card, Kind
 
-SOURCES = ("device.cuh", "lookup.cuh", "decode.cu")
+SOURCES = ("device.cuh", "lookup.cuh", "layers.cuh", "decode.cu")
 Run = Callable[[tuple[int, ...], int, int, Sequence[Tensor | int | None]], None]
 """Launches a kernel: grid, threads of a block, bytes of shared memory, arguments."""
 

@@ -24,6 +24,8 @@ OLDEST = (7, 0)
 """The first compute capability whose threads progress one by one, as the kernel's warps expect."""
 STEP = 256
 """Columns of a warp's step, `kStepColumns`."""
+LAYERS = 3
+"""Layers that one launch takes, if they read the same input."""
 COPIED_BYTES = 64 << 10
 """Of one codebook's copies, at most: a second of 4096 vectors of 8 would spare a tenth of the collisions on paper."""
 
@@ -100,7 +102,8 @@ class Plan:
     Attributes:
         kind: Of the layer.
         tokens: The kernel's, one of `TOKENS`.
-        grid: Blocks along the rows, and slices of columns.
+        blocks: Each layer's, along its rows.
+        grid: All of these, and slices of columns.
         threads: Of a block.
         shared_bytes: Of a block.
         columns: Of a slice.
@@ -110,6 +113,7 @@ class Plan:
 
     kind: Kind
     tokens: int
+    blocks: tuple[int, ...]
     grid: tuple[int, int]
     threads: int
     shared_bytes: int
@@ -185,13 +189,13 @@ def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, 
 
 
 @lru_cache(maxsize=4096)
-def plan(kind: Kind, tokens: int, out_features: int, groups: int, group_size: int, card: Card) -> Plan:
-    """The launch for so many tokens (1 to 8) of a layer.
+def plan(kind: Kind, tokens: int, out_features: tuple[int, ...], groups: int, group_size: int, card: Card) -> Plan:
+    """The launch for so many tokens (1 to 8) of a layer, or of several that differ in nothing but their rows.
 
     Args:
         kind: From `kind_of` for this card.
         tokens: Of the input.
-        out_features: Rows of the weight.
+        out_features: Rows of each layer's weight.
         groups: Groups of columns.
         group_size: Columns of each.
         card: The GPU.
@@ -204,13 +208,15 @@ def plan(kind: Kind, tokens: int, out_features: int, groups: int, group_size: in
     slices = -(-group_size // columns)
     warps = kind.warps(kernel)
     across = min(warps, 1 << ((columns // STEP).bit_length() - 1))
-    row_blocks = -(-out_features // (kind.vector_len * kind.rows(kernel)))
-    rounds = -(-row_blocks // (warps // across))
-    blocks = max(1, min(rounds, card.multiprocessors // (groups * slices)))
+    at_once = kind.vector_len * kind.rows(kernel) * (warps // across)
+    rounds = [-(-rows // at_once) for rows in out_features]
+    room = card.multiprocessors // (groups * slices)
+    blocks = tuple(max(1, min(some, room * some // sum(rounds))) for some in rounds)
     return Plan(
         kind,
         kernel,
-        (blocks, groups * slices),
+        blocks,
+        (sum(blocks), groups * slices),
         32 * warps,
         fixed + _input_bytes(kernel, columns),
         columns,

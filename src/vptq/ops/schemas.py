@@ -10,7 +10,7 @@ an absent tensor is None. Sizes that the shapes imply are not passed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _SIZES = "int in_features, int out_features, int vector_len, int outlier_vector_
 LIBRARY: Any = torch.library.Library("vptq", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(f"dequantize({_STORED}, {_SIZES}) -> Tensor")
 LIBRARY.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SIZES}, str codebook_form='') -> Tensor")
+LIBRARY.define("linear_group(Tensor x, Tensor?[] tensors, int[] sizes) -> Tensor")
 LIBRARY.define("nearest(Tensor vectors, Tensor codebook, int beam=1) -> (Tensor, Tensor)")
 LIBRARY.define(
     "assign_columns(Tensor base, Tensor? coupling, Tensor? present, Tensor scale, Tensor shift, Tensor main, "
@@ -39,7 +40,7 @@ CODEBOOK_FORMS = ("exact", "int8")
 """What kernels may make of codebooks: nothing, or bytes, where they have a faster way to look those up. An empty form
 leaves it to the environment variable VPTQ_CPU_CODEBOOK, and that to "exact"."""
 
-OPERATORS = ("dequantize", "linear", "nearest", "assign_columns")
+OPERATORS = ("dequantize", "linear", "linear_group", "nearest", "assign_columns")
 
 
 def check_input(x: Tensor, codebook: Tensor, in_features: int) -> None:
@@ -102,6 +103,10 @@ def _fake_linear(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def _fake_linear_group(x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    return x.new_empty(x.numel() // sizes[0] * sum(sizes[1::4]))
+
+
 def _fake_nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
     shape = (vectors.shape[0], beam)
     return vectors.new_empty(shape, dtype=torch.int64), vectors.new_empty(shape)
@@ -111,6 +116,8 @@ def _fake_assign_columns(base: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(base), torch.empty_like(base)
 
 
-_FAKES: tuple[Callable[..., Any], ...] = (_fake_dequantize, _fake_linear, _fake_nearest, _fake_assign_columns)
+_FAKES: tuple[Callable[..., Any], ...] = (
+    *(_fake_dequantize, _fake_linear, _fake_linear_group, _fake_nearest, _fake_assign_columns),
+)
 for _name, _fake in zip(OPERATORS, _FAKES, strict=True):
     torch.library.register_fake(f"vptq::{_name}", _fake, lib=LIBRARY)

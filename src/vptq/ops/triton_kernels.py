@@ -7,6 +7,8 @@ Names in capitals are compile-time constants: what is fixed for a layer (vector 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,67 +24,104 @@ from vptq.ops.triton_lookup import (
 )
 
 
+class Layer(NamedTuple):
+    """One of the layers of a launch, as a kernel takes it: pointers, rows, and how many blocks of rows they are."""
+
+    bias: Any
+    codebook: Any
+    indices: Any
+    residual_codebook: Any
+    residual_indices: Any
+    outlier_codebook: Any
+    outlier_indices: Any
+    perm: Any
+    scale: Any
+    shift: Any
+    out_features: Any
+    num_rows: Any
+    blocks: Any
+
+
 @triton.jit
 def multiply_vector(
-    x, out, bias, codebook, indices, residual_codebook, residual_indices, outlier_codebook, outlier_indices,
-    perm, scale, shift,
-    in_features, out_features, outlier_size, group_size, num_rows, line_length,
-    entries, residual_entries, outlier_entries, columns_a_split,
+    x, out, layers, outputs,
+    in_features, outlier_size, group_size, line_length, entries, residual_entries, outlier_entries, columns_a_split,
     GROUPS: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
-    V: tl.constexpr, VP: tl.constexpr, VO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, VO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token's outputs of `ROWS` vector rows over one split's columns, in float32 throughout.
+    """Outputs of layers that read the same input, each [tokens, out_features] after the other's; `outputs` in all.
 
-    The grid is (row blocks, splits, tokens). Permutation, scale and bias of the columns go into the input, as many
-    times as there are row blocks, and the weights stay bare: w x = q (s x) + b x.
+    The grid is (row blocks of all layers, splits, tokens). Several splits write parts, each behind the other.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
+    out += tl.program_id(1).to(tl.int64) * outputs
+    for number in tl.static_range(len(layers)):
+        layer = layers[number]
+        if (block >= 0) & (block < layer.blocks):
+            multiply_rows(
+                x, out, layer, block * ROWS + tl.arange(0, ROWS),
+                in_features, outlier_size, group_size, line_length, entries, residual_entries, outlier_entries,
+                columns_a_split, GROUPS, BITS, RESIDUAL_BITS, V, VP, VO, COLUMNS,
+            )  # fmt: skip
+        block -= layer.blocks
+        out += tl.num_programs(2).to(tl.int64) * layer.out_features
+
+
+@triton.jit
+def multiply_rows(
+    x, out, layer, row,
+    in_features, outlier_size, group_size, line_length, entries, residual_entries, outlier_entries, columns_a_split,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, VO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token's outputs of a layer's vector rows over one split's columns, in float32 throughout.
+
+    Permutation, scale and bias of the columns go into the input, as many times as there are row blocks, and the weights
+    stay bare: w x = q (s x) + b x. The first split adds the bias of the outputs.
+    """
     split, token = tl.program_id(1), tl.program_id(2)
     x += token.to(tl.int64) * in_features
-    sums = tl.zeros([ROWS, COLUMNS, VP], tl.float32)
+    sums = tl.zeros([row.shape[0], COLUMNS, VP], tl.float32)
     shifted = tl.zeros([COLUMNS], tl.float32)
     last = tl.minimum((split + 1) * columns_a_split, in_features - outlier_size)
     for first in range(split * columns_a_split, last, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < last
-        original = original_columns(perm, column + outlier_size, inside, in_features)
+        original = original_columns(layer.perm, column + outlier_size, inside, in_features)
         value = tl.load(x + original, mask=inside, other=0.0).to(tl.float32)
-        if shift is not None:
-            shifted += value * tl.load(shift + original, mask=inside, other=0.0).to(tl.float32)
-        if scale is not None:
-            value *= tl.load(scale + original, mask=inside, other=0.0).to(tl.float32)
+        if layer.shift is not None:
+            shifted += value * tl.load(layer.shift + original, mask=inside, other=0.0).to(tl.float32)
+        if layer.scale is not None:
+            value *= tl.load(layer.scale + original, mask=inside, other=0.0).to(tl.float32)
         sums += value[None, :, None] * main_values(
-            codebook, indices, residual_codebook, residual_indices, row, column, inside, num_rows, line_length,
-            group_size, entries, residual_entries, False, GROUPS, BITS, RESIDUAL_BITS, VP,
+            layer.codebook, layer.indices, layer.residual_codebook, layer.residual_indices, row, column, inside,
+            layer.num_rows, line_length, group_size, entries, residual_entries, False, GROUPS, BITS, RESIDUAL_BITS, VP,
         )  # fmt: skip
     total = tl.sum(sums, 1) + tl.sum(shifted, 0)
-    if outlier_codebook is not None:
+    if layer.outlier_codebook is not None:
         for first in range(split * OUTLIER_COLUMNS, outlier_size, tl.num_programs(1) * OUTLIER_COLUMNS):
             column = first + tl.arange(0, OUTLIER_COLUMNS)
             inside = column < outlier_size
-            original = original_columns(perm, column, inside, in_features)
+            original = original_columns(layer.perm, column, inside, in_features)
             value = tl.load(x + original, mask=inside, other=0.0).to(tl.float32)
-            if shift is not None:
-                total += tl.sum(value * tl.load(shift + original, mask=inside, other=0.0).to(tl.float32), 0)
-            if scale is not None:
-                value *= tl.load(scale + original, mask=inside, other=0.0).to(tl.float32)
+            if layer.shift is not None:
+                total += tl.sum(value * tl.load(layer.shift + original, mask=inside, other=0.0).to(tl.float32), 0)
+            if layer.scale is not None:
+                value *= tl.load(layer.scale + original, mask=inside, other=0.0).to(tl.float32)
             weight = outlier_values(
-                outlier_codebook, outlier_indices, row, column, inside, out_features, outlier_size, outlier_entries,
-                V, VP, VO,
+                layer.outlier_codebook, layer.outlier_indices, row, column, inside, layer.out_features, outlier_size,
+                outlier_entries, V, VP, VO,
             )  # fmt: skip
             total += tl.sum(value[None, :, None] * weight, 1)
     element = tl.arange(0, VP)[None, :]
     output = row[:, None] * V + element
-    mask = (element < V) & (output < out_features)
-    if WHOLE:
-        out += token.to(tl.int64) * out_features
-        if bias is not None:
-            total += tl.load(bias + output, mask=mask, other=0.0).to(tl.float32)
-        total = narrow(total, out.dtype.element_ty)
-    else:
-        out += (split.to(tl.int64) * tl.num_programs(2) + token) * out_features
-    tl.store(out + output, total.to(out.dtype.element_ty), mask=mask)
+    mask = (element < V) & (output < layer.out_features)
+    if layer.bias is not None:  # noqa: SIM102 (decided when compiling)
+        if split == 0:
+            total += tl.load(layer.bias + output, mask=mask, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    out += token.to(tl.int64) * layer.out_features
+    tl.store(out + output, narrow(total, dtype).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -93,12 +132,13 @@ def multiply_tiles(
     entries, residual_entries, outlier_entries, columns_a_split,
     GROUPS: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, VO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `TOKENS` tokens and `ROWS` vector rows over one split's columns, on tensor cores.
 
     The grid is (row blocks, splits, token blocks). x has its columns in quantized order. A tile of the weight is made
-    as `dequantize` makes it, and multiplied while it is at hand.
+    as `dequantize` makes it, and multiplied while it is at hand. Several splits write parts, each behind the other; the
+    first adds the bias.
     """
     dtype: tl.constexpr = codebook.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -135,26 +175,21 @@ def multiply_tiles(
     flat = tl.arange(0, ROWS * VP)[None, :]
     output = (tl.program_id(0) * ROWS + flat // VP) * V + flat % VP
     mask = (flat % VP < V) & (output < out_features)
-    if WHOLE:
-        if bias is not None:
+    if bias is not None:  # noqa: SIM102 (likewise)
+        if split == 0:
             sums += tl.load(bias + output, mask=mask, other=0.0).to(tl.float32)
-        sums = narrow(sums, out.dtype.element_ty)
-    else:
-        out += split.to(tl.int64) * tokens * out_features
-    place = token.to(tl.int64) * out_features + output
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=mask & present)
+    place = (split.to(tl.int64) * tokens + token) * out_features + output
+    tl.store(out + place, narrow(sums, out.dtype.element_ty).to(out.dtype.element_ty), mask=mask & present)
 
 
 @triton.jit
-def add_parts(parts, out, bias, splits, count, out_features, BLOCK: tl.constexpr):
-    """out [count] = the sum of parts [splits, count] in their order, plus the bias of each output."""
+def add_parts(parts, out, splits, count, BLOCK: tl.constexpr):
+    """out [count] = the sum of parts [splits, count] in their order."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         total += tl.load(parts + split * count + place, mask=inside, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + place % out_features, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, narrow(total, out.dtype.element_ty).to(out.dtype.element_ty), mask=inside)
 
 

@@ -6,6 +6,7 @@ PyTorch's allocator, which knows about graphs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +14,9 @@ import torch
 from torch import Tensor
 
 from vptq.ops import triton_kernels as kernels
-from vptq.ops.triton_layer import LayerSizes
+from vptq.ops.triton_layer import Layer, LayerSizes, Pointers
 from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES, Tile, fastest
 
-Stored = dict[str, Tensor | None]
-"""A layer's tensors by the kernels' parameter names."""
 Grid = tuple[int, int, int]
 
 VECTOR_PROGRAMS = 8
@@ -36,23 +35,35 @@ def _multiprocessors(device: torch.device) -> int:
     return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64)
 
 
-def vector(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) -> Tensor:
-    """x W^T + bias for x [tokens, in_features], token by token."""
-    stored = _padded(stored, sizes)
+def vector(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """x W^T + bias of layers for x [tokens, in_features] by one launch, token by token.
+
+    Args:
+        x: Contiguous.
+        layers: Alike, see `LayerSizes.is_like`.
+
+    Returns:
+        Each layer's [tokens, out_features] after the other's, flat.
+    """
+    sizes = layers[0].sizes
+    rows = [layer.sizes.arguments["out_features"] for layer in layers]
+    padded = [layer._replace(stored=_padded(layer.stored, layer.sizes)) for layer in layers]
 
     def run(tile: Tile) -> Tensor:
-        grid, arguments = _shared(tile, sizes, len(x), VECTOR_PROGRAMS * _multiprocessors(x.device))
-        out, parts = _outputs(x, sizes, grid[1])
-        kernels.multiply_vector[grid](
-            x, out if parts is None else parts, bias, **stored, **sizes.arguments, **arguments
-        )
-        return _added(parts, out, bias)
+        own = tuple(_for_kernel(layer, tile) for layer in padded)
+        blocks = (sum(layer.blocks for layer in own), len(x))
+        grid, arguments = _shared(tile, sizes, blocks, VECTOR_PROGRAMS * _multiprocessors(x.device))
+        out, parts = _outputs(x, len(x) * sum(rows), grid[1])
+        target = out if parts is None else parts
+        kernels.multiply_vector[grid](x, target, own, out.numel(), **sizes.common, **arguments)
+        return _added(parts, out)
 
-    return run(fastest("multiply_vector", (*sizes.key, len(x)), VECTOR_TILES, x.device, run))
+    return run(fastest("multiply_vector", (*sizes.key, *rows[1:], len(x)), VECTOR_TILES, x.device, run))
 
 
-def tiles(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) -> Tensor:
-    """x W^T + bias for x [tokens, in_features], a block of tokens at a time."""
+def tiles(x: Tensor, layer: Layer) -> Tensor:
+    """x W^T + bias [tokens, out_features] for x [tokens, in_features], a block of tokens at a time; flat."""
+    stored, bias, sizes = layer
     block = min(64, max(16, 1 << (len(x) - 1).bit_length()))
     blocks = -(-len(x) // block)
     perm = stored["perm"]
@@ -61,8 +72,9 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) -> 
     stored = _padded(stored, sizes)
 
     def run(tile: Tile) -> Tensor:
-        grid, arguments = _shared(tile, sizes, blocks, MATRIX_PROGRAMS * _multiprocessors(x.device))
-        out, parts = _outputs(x, sizes, grid[1])
+        programs = MATRIX_PROGRAMS * _multiprocessors(x.device)
+        grid, arguments = _shared(tile, sizes, (_row_blocks(tile, sizes), blocks), programs)
+        out, parts = _outputs(x, len(x) * sizes.arguments["out_features"], grid[1])
         kernels.multiply_tiles[grid](
             *(x, out if parts is None else parts, bias),
             **stored,
@@ -72,12 +84,12 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None, sizes: LayerSizes) -> 
             num_stages=tile.stages,
             enable_fp_fusion=False,  # the weight is rounded where the format rounds
         )
-        return _added(parts, out, bias)
+        return _added(parts, out)
 
     return run(fastest("multiply_tiles", (*sizes.key, block), MATRIX_TILES, x.device, run))
 
 
-def dequantize(stored: Stored, sizes: LayerSizes) -> Tensor:
+def dequantize(stored: Pointers, sizes: LayerSizes) -> Tensor:
     """The dense weight [out_features, in_features]."""
     codebook, perm = stored["codebook"], stored["perm"]
     assert codebook is not None
@@ -104,31 +116,42 @@ def dequantize(stored: Stored, sizes: LayerSizes) -> Tensor:
     return out
 
 
-def _shared(tile: Tile, sizes: LayerSizes, layers: int, programs: int) -> tuple[Grid, dict[str, Any]]:
-    """(Row blocks, splits, layers) and the arguments that go with a tile, to have about `programs` programs."""
-    rows = tile.rows(sizes.arguments["VP"])
-    blocks = -(-sizes.arguments["num_rows"] // rows)
+def _for_kernel(layer: Layer, tile: Tile) -> kernels.Layer:
+    rows = {name: layer.sizes.arguments[name] for name in ("out_features", "num_rows")}
+    return kernels.Layer(layer.bias, **layer.stored, **rows, blocks=_row_blocks(tile, layer.sizes))
+
+
+def _row_blocks(tile: Tile, sizes: LayerSizes) -> int:
+    return -(-sizes.arguments["num_rows"] // tile.rows(sizes.arguments["VP"]))
+
+
+def _shared(tile: Tile, sizes: LayerSizes, blocks: tuple[int, int], programs: int) -> tuple[Grid, dict[str, Any]]:
+    """The grid and the arguments that go with a tile, to have about `programs` programs.
+
+    Args:
+        tile: What a program takes at a time.
+        sizes: Of a layer; its columns are shared.
+        blocks: Of rows and of tokens. The grid has splits of the columns in between.
+        programs: Wanted.
+    """
     columns = sizes.arguments["in_features"] - sizes.arguments["outlier_size"]
     steps = -(-columns // tile.columns)
-    wanted = max(1, min(steps, programs // (blocks * layers)))
+    wanted = max(1, min(steps, programs // (blocks[0] * blocks[1])))
     steps_each = -(-steps // wanted)
     splits = -(-steps // steps_each)  # none without work
-    arguments = {"columns_a_split": steps_each * tile.columns, "WHOLE": splits == 1}
-    return (blocks, splits, layers), arguments | {"ROWS": rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+    arguments = {"columns_a_split": steps_each * tile.columns, "ROWS": tile.rows(sizes.arguments["VP"])}
+    return (blocks[0], splits, blocks[1]), arguments | {"COLUMNS": tile.columns, "num_warps": tile.warps}
 
 
-def _outputs(x: Tensor, sizes: LayerSizes, splits: int) -> tuple[Tensor, Tensor | None]:
+def _outputs(x: Tensor, count: int, splits: int) -> tuple[Tensor, Tensor | None]:
     """Where the result goes, and where the splits' parts do if there are several."""
-    shape = (len(x), sizes.arguments["out_features"])
-    return x.new_empty(shape), x.new_empty((splits, *shape), dtype=torch.float32) if splits > 1 else None
+    return x.new_empty(count), x.new_empty((splits, count), dtype=torch.float32) if splits > 1 else None
 
 
-def _added(parts: Tensor | None, out: Tensor, bias: Tensor | None) -> Tensor:
+def _added(parts: Tensor | None, out: Tensor) -> Tensor:
     if parts is not None:
         count = out.numel()
-        kernels.add_parts[(-(-count // _ADD_BLOCK),)](
-            parts, out, bias, len(parts), count, out.shape[1], BLOCK=_ADD_BLOCK
-        )
+        kernels.add_parts[(-(-count // _ADD_BLOCK),)](parts, out, len(parts), count, BLOCK=_ADD_BLOCK)
     return out
 
 
@@ -139,7 +162,7 @@ def _reordered(x: Tensor, perm: Tensor) -> Tensor:
     return out
 
 
-def _padded(stored: Stored, sizes: LayerSizes) -> Stored:
+def _padded(stored: Pointers, sizes: LayerSizes) -> Pointers:
     """The same with the codebooks' vectors padded to a power of two.
 
     At each call, because a codebook may have been trained since the last one. It is small: a launch, against three or

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from vptq.config import FLOAT_DTYPES, MAX_CENTROIDS
 from vptq.errors import ConfigError
 
+Pointers = dict[str, Tensor | None]
+"""A layer's tensors by the kernels' parameter names."""
 Signature = tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
 _NAMES = (
     *("codebook", "indices", "residual_codebook", "residual_indices", "outlier_codebook", "outlier_indices"),
@@ -41,6 +43,29 @@ class LayerSizes:
         """What of it decides how fast a tile is, for tuning."""
         names = ("out_features", "in_features", "V", "BITS", "RESIDUAL_BITS", "entries", "residual_entries")
         return (str(self.dtype).removeprefix("torch."), *(self.arguments[name] for name in names))
+
+    @property
+    def common(self) -> dict[str, int]:
+        """Those that do not depend on the layer's rows."""
+        return {name: value for name, value in self.arguments.items() if name not in ("out_features", "num_rows")}
+
+    def is_like(self, other: LayerSizes) -> bool:
+        """Whether one launch can serve both: layers that differ in nothing but their rows."""
+        return self.dtype == other.dtype and self.common == other.common
+
+
+class Layer(NamedTuple):
+    """A layer as the launchers take it.
+
+    Attributes:
+        stored: Its tensors by the kernels' parameter names, contiguous.
+        bias: [out_features], contiguous, or None.
+        sizes: Of it, checked.
+    """
+
+    stored: Pointers
+    bias: Tensor | None
+    sizes: LayerSizes
 
 
 def signature(stored: tuple[Tensor | None, ...]) -> Signature:

@@ -7,6 +7,7 @@ never waits for the GPU.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vptq.errors import ConfigError
-from vptq.ops import cuda_compile, cuda_launch, cuda_plan, dense, triton_launch, triton_paths
+from vptq.ops import cuda_compile, cuda_launch, cuda_plan, dense, group, triton_launch, triton_paths
 from vptq.ops.schemas import check_codebook_form, check_input
-from vptq.ops.triton_layer import layer_sizes, signature
+from vptq.ops.triton_layer import Layer, Pointers, layer_sizes, signature
 
+Stored = tuple[Tensor | None, ...]
+"""A layer's nine tensors, as the operators take them."""
 _POINTERS = (
     *("codebook", "indices", "residual_codebook", "residual_indices", "outlier_codebook", "outlier_indices"),
     *("perm", "scale", "shift"),
@@ -92,8 +95,33 @@ def linear(
     return y
 
 
+def linear_group(x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """`linear` of layers that read the same input, by one launch where it can be; see `vptq.ops.linear_group`."""
+    y = None
+    if 1 <= x.numel() // sizes[0] <= triton_paths.GROUP_TOKENS:
+        y = _one_launch(x, list(group.members(tensors, sizes)))
+    return group.linear_group(x, tensors, sizes) if y is None else y
+
+
+def _one_launch(x: Tensor, members: list[group.Member]) -> Tensor | None:
+    """The layers' outputs, flat; None where they have to be launched one by one."""
+    layers = [_layer(*member) for member in members]
+    if len(layers) > cuda_plan.LAYERS or not all(layer.sizes.is_like(layers[0].sizes) for layer in layers):
+        return None
+    (codebook, indices, _, _, outlier_codebook, *_), _, (in_features, _, vector_len, _) = members[0]
+    assert codebook is not None
+    assert indices is not None
+    check_input(x, codebook, in_features)
+    y = None
+    if _takes_cuda(codebook, indices, outlier_codebook, vector_len):
+        y = _multiply(triton_paths.CUDA, x, layers)
+    if y is None and x.numel() // in_features <= triton_paths.VECTOR_TOKENS and not _refuses(codebook, vector_len):
+        y = _multiply(triton_paths.VECTOR, x, layers)
+    return y
+
+
 def multiply(
-    way: str, x: Tensor, stored: tuple[Tensor | None, ...], bias: Tensor | None, sizes: tuple[int, int, int, int]
+    way: str, x: Tensor, stored: Stored, bias: Tensor | None, sizes: tuple[int, int, int, int]
 ) -> Tensor | None:
     """`linear` by the way named, whatever the number of tokens: for `linear`, tests and benchmarks.
 
@@ -108,23 +136,31 @@ def multiply(
     """
     if way == triton_paths.DENSE:
         return functional.linear(x, _dequantize(stored, sizes), bias)
+    y = _multiply(way, x, [_layer(stored, bias, sizes)])
+    return None if y is None else y.view(*x.shape[:-1], sizes[1])
+
+
+def _multiply(way: str, x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
+    """The outputs of alike layers by one launch, flat; TILES takes only one layer."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    with _current(x.device):
+        if way == triton_paths.CUDA:
+            return cuda_launch.decode(flat, layers)
+        if way == triton_paths.VECTOR:
+            return triton_launch.vector(flat, layers)
+        return triton_launch.tiles(flat, *layers)
+
+
+def _layer(stored: Stored, bias: Tensor | None, sizes: tuple[int, ...]) -> Layer:
     checked = layer_sizes(signature(stored), *sizes)
     if bias is not None:
         if bias.shape != (sizes[1],):
             raise ConfigError(f"the bias has shape {tuple(bias.shape)}; this layer needs ({sizes[1]},)")
         bias = bias.contiguous()
-    flat = x.reshape(-1, sizes[0]).contiguous()
-    pointers = _pointers(stored)
-    with _current(x.device):
-        if way == triton_paths.CUDA:
-            y = cuda_launch.decode(flat, pointers, bias, checked)
-        else:
-            launch = triton_launch.vector if way == triton_paths.VECTOR else triton_launch.tiles
-            y = launch(flat, pointers, bias, checked)
-    return None if y is None else y.view(*x.shape[:-1], sizes[1])
+    return Layer(_pointers(stored), bias, checked)
 
 
-def _dequantize(stored: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int]) -> Tensor:
+def _dequantize(stored: Stored, sizes: tuple[int, int, int, int]) -> Tensor:
     assert stored[0] is not None
     with _current(stored[0].device):
         return triton_launch.dequantize(_pointers(stored), layer_sizes(signature(stored), *sizes))
@@ -138,7 +174,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
-def _pointers(stored: tuple[Tensor | None, ...]) -> triton_launch.Stored:
+def _pointers(stored: Stored) -> Pointers:
     return {
         name: None if tensor is None else tensor.contiguous() for name, tensor in zip(_POINTERS, stored, strict=True)
     }

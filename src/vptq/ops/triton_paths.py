@@ -15,6 +15,8 @@ import torch
 
 CUDA_TOKENS = 8
 """Up to so many tokens go to the CUDA kernel where it serves the layer: the most that it takes at once."""
+GROUP_TOKENS = CUDA_TOKENS
+"""Up to so many, layers that read the same input are launched together: more tokens keep a GPU busy by themselves."""
 VECTOR_TOKENS = 1
 """Up to so many tokens are multiplied one by one."""
 TILE_TOKENS = 64

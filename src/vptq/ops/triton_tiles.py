@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of the kernels or the sets."""
 TUNE_VARIABLE = "VPTQ_TRITON_TUNE"
 

@@ -1,10 +1,11 @@
 // One to eight tokens times a quantized layer, looked up from codebooks in shared memory.
 //
-// Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A block keeps the codebooks, and
-// the inputs of its slice of columns, for as long as it lives, and takes row blocks in turn; its warps share the columns
-// of a row block, or take several row blocks at a time where the slice is short. A warp streams its index rows through a
-// ring of its own, a step of 256 columns ahead of the arithmetic; a lane owns eight columns of a step. Sums are float32,
-// and added in an order that depends on the layer, the number of tokens and the card alone.
+// Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A launch serves one layer, or up to
+// three that read the same input. A block keeps its layer's codebooks, and the inputs of its slice of columns, for as long
+// as it lives, and takes row blocks in turn; its warps share the columns of a row block, or take several row blocks at a
+// time where the slice is short. A warp streams its index rows through a ring of its own, a step of 256 columns ahead of
+// the arithmetic; a lane owns eight columns of a step. Sums are float32, and added in an order that depends on the layer,
+// the number of tokens and the card alone.
 //
 // What binds is the rate of lookups, not bytes: hence as many copies of a codebook as fit (lookup.cuh), and kRows rows
 // to a lane, which share its inputs.
@@ -82,9 +83,9 @@ VPTQ_DEVICE void fetch(const unsigned* indices, const Walk& at, int num_rows, in
 }
 
 // The slice's inputs and scales in quantized order, and the sums of inputs times column biases, one a token.
-VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, const unsigned short* perm,
-                             const unsigned short* scale, const unsigned short* shift, int tokens, int in_features,
-                             int before, int count, int slice, int thread) {
+VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, const Layer& layer, int tokens,
+                             int in_features, int before, int count, int slice, int thread) {
+  const unsigned short *const perm = layer.perm, *const scale = layer.scale, *const shift = layer.shift;
   float shifted[K::kTokens] = {};
 #pragma unroll 1
   for (int column = thread; column < count; column += K::kThreads) {
@@ -164,34 +165,37 @@ VPTQ_DEVICE void sum_lanes(float (&values)[K::kSums], int lane, int& first, int&
   if constexpr (2 * DISTANCE < kLanes) sum_lanes<kHalf, 2 * DISTANCE>(values, lane, first, count);
 }
 
-// out [tokens, out_features] = x W^T + bias, or parts [slices, tokens, out_features] without the bias, in float32.
+// out = x W^T + bias of each layer, [tokens, out_features] one after the other; or parts of it in float32, those of each
+// slice after the other's.
 //
-// The grid is (blocks, slices). `slice` columns, a multiple of kStepColumns, are a block's, and slices do not reach over
-// a group's end. Of a block's warps `across` share the steps of a slice, which has at least so many, but for a last one.
+// The grid is (blocks of all layers, slices). `slice` columns, a multiple of kStepColumns, are a block's, and slices do
+// not reach over a group's end. Of a block's warps `across` share the steps of a slice, which has at least so many, but
+// for a last one.
 extern "C" __global__ void __launch_bounds__(K::kThreads, 1)
-decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, float* __restrict__ parts,
-       const unsigned short* __restrict__ bias, const unsigned short* __restrict__ codebook,
-       const unsigned* __restrict__ indices, const unsigned short* __restrict__ residual_codebook,
-       const unsigned short* __restrict__ perm, const unsigned short* __restrict__ scale,
-       const unsigned short* __restrict__ shift, int tokens, int in_features, int out_features, int group_size,
-       int num_rows, int line_length, int slice, int slices_a_group, int across) {
+decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, float* __restrict__ parts, int tokens,
+       int in_features, int group_size, int line_length, int slice, int slices_a_group, int across, int outputs,
+       VPTQ_LAYER(0), VPTQ_LAYER(1), VPTQ_LAYER(2)) {
+  long long before = static_cast<long long>(blockIdx.y) * outputs;  // in `parts`; else there is one slice
+  int own_block = blockIdx.x;
+  const Layer layer = own_layer({VPTQ_TAKE(0), VPTQ_TAKE(1), VPTQ_TAKE(2)}, tokens, own_block, before);
   const Shared shared(shared_memory(), slice);
   const int thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
   const int group = blockIdx.y / slices_a_group, first = blockIdx.y % slices_a_group * slice;
   const int count = min(slice, group_size - first);
-  const int at_once = K::kWarps / across;
+  const int at_once = K::kWarps / across, num_rows = layer.num_rows, out_features = layer.out_features;
   const int row_blocks = (num_rows + K::kRows - 1) / K::kRows;
-  indices += static_cast<long long>(group) * num_rows * line_length;
-  codebook += static_cast<long long>(group) * K::Main::kEntries * K::kLength;
-  residual_codebook += static_cast<long long>(group) * K::Residual::kEntries * K::kLength;
+  const unsigned* const indices = layer.indices + static_cast<long long>(group) * num_rows * line_length;
+  const auto codebook = layer.codebook + static_cast<long long>(group) * K::Main::kEntries * K::kLength;
+  const auto residual_codebook =
+      layer.residual_codebook + static_cast<long long>(group) * K::Residual::kEntries * K::kLength;
   const bool wide = reinterpret_cast<unsigned long long>(indices) % 16 == 0 && line_length % 4 == 0;
 
   Walk walk;
   walk.first = walk.step = first / kStepColumns + warp % across;
   walk.end = (first + count + kStepColumns - 1) / kStepColumns;
   walk.across = across;
-  walk.block = blockIdx.x * at_once + warp / across;
-  walk.stride = gridDim.x * at_once;
+  walk.block = own_block * at_once + warp / across;
+  walk.stride = layer.blocks * at_once;
   Walk ahead = walk;
   unsigned* const ring = shared.ring + warp * K::kRingWords;
 #pragma unroll 1
@@ -203,12 +207,11 @@ decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, f
   K::Residual residual;
   main.place(codebook, shared.book, thread, K::kThreads);
   residual.place(residual_codebook, shared.residual, thread, K::kThreads);
-  stage_input(shared, x, perm, scale, shift, tokens, in_features,
-              group * group_size + first, count, slice, thread);
+  stage_input(shared, x, layer, tokens, in_features, group * group_size + first, count, slice, thread);
   __syncthreads();
 
   int stage = 0, side = 0;
-  for (int base = blockIdx.x * at_once; base < row_blocks; base += walk.stride, side ^= 1) {
+  for (int base = own_block * at_once; base < row_blocks; base += walk.stride, side ^= 1) {
     float sums[K::kSums] = {};
     for (const int block = walk.block; walk.block == block; walk.next(), ahead.next()) {
       const int free = (stage + K::kStages - 1) % K::kStages;
@@ -244,23 +247,24 @@ decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, f
       const float* part = parts_now + i / K::kSums * across * K::kSums + i % K::kSums;
 #pragma unroll 1
       for (int w = 0; w < across; ++w) total += part[w * K::kSums];
-      const long long place = static_cast<long long>(t) * out_features + output;
+      if (layer.bias && blockIdx.y == 0) total += K::F::widen(layer.bias[output]);
+      const long long place = before + static_cast<long long>(t) * out_features + output;
       if (parts) {
-        parts[static_cast<long long>(blockIdx.y) * tokens * out_features + place] = total;
+        parts[place] = total;
       } else {
-        out[place] = K::F::narrow(bias ? total + K::F::widen(bias[output]) : total);
+        out[place] = K::F::narrow(total);
       }
     }
   }
 }
 
-// out [count] = the sum of parts [slices, count] in their order, plus the bias of each output.
-extern "C" __global__ void add_parts(const float* __restrict__ parts, unsigned short* __restrict__ out,
-                                     const unsigned short* __restrict__ bias, int slices, int count, int out_features) {
+// out [outputs] = the sum of parts [slices, outputs] in their order.
+extern "C" __global__ void add_parts(const float* __restrict__ parts, unsigned short* __restrict__ out, int slices,
+                                     int outputs) {
   const int place = blockIdx.x * blockDim.x + threadIdx.x;
-  if (place >= count) return;
+  if (place >= outputs) return;
   float total = 0.0f;
 #pragma unroll 1
-  for (int slice = 0; slice < slices; ++slice) total += parts[static_cast<long long>(slice) * count + place];
-  out[place] = K::F::narrow(bias ? total + K::F::widen(bias[place % out_features]) : total);
+  for (int slice = 0; slice < slices; ++slice) total += parts[static_cast<long long>(slice) * outputs + place];
+  out[place] = K::F::narrow(total);
 }

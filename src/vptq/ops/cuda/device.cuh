@@ -1,7 +1,7 @@
 // What the kernels ask of the machine: 16-bit floats, shifts over two words, copies that run beside the arithmetic.
 //
 // No header of the CUDA toolkit, so that NVRTC's own library is all that an installation needs. The tests compile
-// lookup.cuh and decode.cu as plain C++ behind a header of the same contents (tests/cuda/shim.h).
+// the other files as plain C++ behind a header of the same contents (tests/cuda/shim.h).
 
 #define VPTQ_DEVICE __device__ __forceinline__
 
