@@ -7,8 +7,8 @@ order:
                             k-means -> residual k-means -> joint refit -> the same          two codebooks
 
 With weights u a row (`fisher.py`) it is tr(E H E^T diag(u)). Two things differ from the paper on purpose
-(docs/algorithm.md has the figures). With W_hat = Q diag(s) + 1 b^T the error of Q is weighted by diag(s) H diag(s), where
-the published code takes H. And assignment and codebooks are optimized in turn, where the paper stops after one pass.
+(docs/algorithm.md). With W_hat = Q diag(s) + 1 b^T the error of Q is weighted by diag(s) H diag(s), where the published
+code takes H. And assignment and codebooks are optimized in turn, where the paper stops after one pass.
 
 The solver is pure: tensors, a config and a generator in, a dataclass out.
 """
