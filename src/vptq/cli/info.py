@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vptq.cli.console import by_number, check_picture_file, facts, file_size, output, plain_table
 from vptq.cli.index_use import show_index_use
+from vptq.cli.progress import waiting
 from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,12 +114,13 @@ def _parameters_in(name: str) -> float | None:
 
 
 def _show_folder(folder: Path, with_layers: bool) -> None:
-    from vptq.checkpoint import Checkpoint
-    from vptq.quantize.report import load_report
+    with waiting("reading"):
+        from vptq.checkpoint import Checkpoint
+        from vptq.quantize.report import load_report
 
-    checkpoint = Checkpoint.open(folder)
-    layers = checkpoint.layers()
-    report = load_report(folder)
+        checkpoint = Checkpoint.open(folder)
+        layers = checkpoint.layers()
+        report = load_report(folder)
     console = output()
     console.print(facts(_folder_facts(checkpoint, layers, report)))
     if with_layers:

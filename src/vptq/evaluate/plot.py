@@ -24,7 +24,7 @@ from vptq.evaluate.compare import Folder, original_of
 from vptq.quantize.plot import COLORS, INK, MARKERS, METADATA
 
 if TYPE_CHECKING:
-    from vptq.evaluate.indices import CodebookUse
+    from vptq.index_use import CodebookUse
 
 # Use of an entry beside that of all alike: what is farther out has the color of the end.
 RANGE = (1 / 8, 8)

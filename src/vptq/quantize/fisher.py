@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.head import logits_of, loss_in_slices
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import find_blocks, linears_of, recompute
 
 LARGEST_WEIGHT = 100.0
@@ -42,6 +42,7 @@ def token_weights(model: Any, tokens: Tensor, progress: ProgressCallback) -> dic
     linears = {f"{name}.{i}.{path}": linear for i, b in enumerate(blocks) for path, linear in linears_of(b).items()}
     weights = {path: torch.full(tokens.shape, -1.0) for path in linears}
     with _frozen(model), _checkpointed(blocks), _squared_gradients(linears) as squared:
+        progress(ProgressEvent("weighing tokens", 0, len(tokens)))
         for number, sequence in enumerate(tokens):
             _backward(model, sequence[None].to(model.device))
             for path, seen in squared.items():
