@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vptq.checkpoint import Checkpoint
+from vptq.config import LayerConfig
 from vptq.errors import CheckpointError, ConfigError, VPTQError
+from vptq.naming import contradictions
 from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.quantize.card import NAME as CARD
 from vptq.quantize.card import model_card
@@ -24,10 +26,21 @@ from vptq.source import hub_is_out_of_reach
 
 EVALUATION = "eval.json"
 SENT = (
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"),
-    *("report.png", "report.html", "LICENSE*", "NOTICE*"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*processor_config.json"),
+    *(
+        "*token*.json",
+        "*.jinja",
+        "*.model",
+        "*.tiktoken",
+        "chat_template.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    ),
+    *("merges.txt", "report.json", "report.png", "report.html", "finetune.json", "LICENSE*", "NOTICE*"),
 )
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LICENSE = re.compile(r"[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -78,23 +91,17 @@ def prepare(
         raise ConfigError(f"there is no folder {folder}; give a quantized folder")
     if not REPOSITORY.fullmatch(repo):
         raise ConfigError(f"{repo!r} is no name of a repository; give USER/NAME, or NAME for one of yours")
-    bits, warnings = _check(folder, tell), []
+    if base_model and not REPOSITORY.fullmatch(base_model):
+        raise ConfigError(f"--base-model is {base_model!r}; give the original's name on the hub, such as USER/NAME")
+    if not LICENSE.fullmatch(license):
+        raise ConfigError(f"--license is {license!r}; give its name on the hub, such as apache-2.0 or llama3.1")
+    layers = _checked_layers(folder, tell)
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    bits = sum(layer.stored_bits for layer in layers.values()) / weights
+    warnings = contradictions(repo.rpartition("/")[2], layers)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         warnings.append(f"{folder} has no tokenizer: whoever loads it needs one from elsewhere")
-    report = load_report(folder)
-    if report is None:
-        if not (folder / CARD).is_file():
-            raise ConfigError(f"{folder} has neither a report.json to make a model card from nor a {CARD}; write one")
-        card = (folder / CARD).read_text(encoding="utf-8")
-    else:
-        base_model = base_model or (report.model if "/" in report.model else "")
-        license = license or _license(base_model)
-        if not license:
-            warnings.append(f"the license of {base_model or report.model} is not known; state it with --license")
-        measured = _measured(folder, evaluation)
-        if not measured:
-            warnings.append(f"nothing was measured: vptq eval {folder} --reference MODEL --json {folder / EVALUATION}")
-        card = model_card(report, base_model or None, measured, license, bits)
+    card = _card(folder, evaluation, base_model, license, bits, warnings)
     sent = [path for path in sorted(folder.iterdir()) if path.is_file() and any(fnmatch(path.name, p) for p in SENT)]
     left = [path.name for path in sorted(folder.iterdir()) if path not in sent and path.name != CARD]
     if left:
@@ -146,17 +153,35 @@ def upload(publication: Publication, public: bool = False, tell: ProgressCallbac
     return str(made)
 
 
-def _check(folder: Path, tell: ProgressCallback) -> float:
-    """Bits per weight, once every layer has been read and holds together."""
+def _card(
+    folder: Path, evaluation: str | Path | None, base_model: str, license: str, bits: float, warnings: list[str]
+) -> str:
+    """The model card, from the report; of a folder without one its own."""
+    report = load_report(folder)
+    if report is None:
+        if not (folder / CARD).is_file():
+            raise ConfigError(f"{folder} has neither a report.json to make a model card from nor a {CARD}; write one")
+        return (folder / CARD).read_text(encoding="utf-8")
+    base_model = base_model or (report.model if "/" in report.model else "")
+    license = license or _license(base_model)
+    measured = _measured(folder, evaluation)
+    if not license:
+        warnings.append(f"the license of {base_model or report.model} is not known; state it with --license")
+    if not measured:
+        warnings.append(f"nothing was measured: vptq eval {folder} --reference MODEL --json {folder / EVALUATION}")
+    return model_card(report, base_model or None, measured, license, bits)
+
+
+def _checked_layers(folder: Path, tell: ProgressCallback) -> dict[str, LayerConfig]:
+    """The quantized layers, at least one, once every one has been read and holds together."""
     checkpoint = Checkpoint.open(folder)
     layers = checkpoint.layers()
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    if not weights:
+    if not layers:
         raise CheckpointError(f"{folder}: no layer of it is quantized")
     for number, path in enumerate(layers, start=1):
         checkpoint.load_layer(path)
         tell(ProgressEvent("reading layers", number, len(layers), layer=path))
-    return sum(layer.stored_bits for layer in layers.values()) / weights
+    return layers
 
 
 def _license(base_model: str) -> str:
@@ -170,7 +195,7 @@ def _license(base_model: str) -> str:
     except (OSError, ValueError):
         return ""
     stated = data.get("license") if data is not None else None
-    return stated if isinstance(stated, str) else ""
+    return stated if isinstance(stated, str) and LICENSE.fullmatch(stated) else ""
 
 
 def _measured(folder: Path, evaluation: str | Path | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ RANKS = (
     ("spec",),
     ("packing", "weight", "reference"),
     ("ops",),
-    ("linear", "shards", "checkpoint", "index_use"),
+    ("linear", "shards", "checkpoint", "index_use", "naming"),
     ("text", "source", "download", "sampling", "streaming"),
     ("quantize",),
     ("model",),

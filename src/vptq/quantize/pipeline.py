@@ -199,7 +199,7 @@ class _Text:
 def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _Text:
     """Raises CalibrationError where the text is too short to hold some of it out."""
     if job.hessian_dir is not None and not job.trains_end_to_end:
-        return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir}")
+        return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir.name}")
     tokens, facts = job.calibration_tokens(progress)
     warnings += [facts["warning"]] if facts["warning"] else []
     needed = 3 if job.move_indices else 2
@@ -209,7 +209,7 @@ def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _
             f"there are only {len(tokens)}; give a longer --calibration text, or a smaller --seqlen"
         )
     held_out = min(job.held_out, len(tokens) // 2)
-    description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir}"
+    description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir.name}"
     return _Text(tokens, held_out, description)
 
 
