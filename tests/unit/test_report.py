@@ -148,3 +148,9 @@ def test_a_card_without_a_hub_original_links_to_none() -> None:
     card = model_card(a_report())
     assert "base_model" not in card
     assert "huggingface.co" not in card
+
+
+def test_stages_are_in_the_order_they_run_although_some_layers_leave_some_out() -> None:
+    stages = ["k-means", "joint codebooks", "refit"]
+    report = a_report({"k-means": 0.3, "refit": 0.1}, dict.fromkeys(stages, 0.2), {"refit": 0.1})
+    assert list(report.mean_losses) == stages

@@ -16,6 +16,8 @@ from vptq.quantize.report import LayerReport, Report
 
 # Light to dark blue; equal steps of lightness, so that a print in grey says the same.
 LIGHT, DARK = (237, 243, 250), (8, 48, 107)
+# Of a figure that spans decades, what is more than this many times below the largest is as light as it gets.
+MOST_TIMES = 50
 CELL, ROW, LABEL = 22, 20, 150  # pixels; a deep model's cells are made narrower
 WIDEST = 1100
 
@@ -24,6 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
 body { max-width: 1150px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
+td:first-child { white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .bar { background: #0072B2; height: 1em; display: inline-block; vertical-align: middle }
 .bar.rest { background: #B9C6D2 }
@@ -42,6 +45,7 @@ def report_page(report: Report, uses: Iterable[CodebookUse] = ()) -> str:
         uses: How often the centroids of its layers are used; nothing leaves that part out.
     """
     losses = {layer.name: (layer.loss, f"{layer.loss:.3%}") for layer in report.layers if _is_drawable(layer.loss)}
+    kinds = list(dict.fromkeys(_place(layer.name)[1] for layer in report.layers))
     bits = {layer.name: (layer.bits_per_weight, f"{layer.bits_per_weight:.3f} bits") for layer in report.layers}
     title = f"{report.model}, {report.bits_per_weight:.2f} bits per weight"
     sections = [
@@ -49,12 +53,12 @@ def report_page(report: Report, uses: Iterable[CodebookUse] = ()) -> str:
         _table((what, escape(value)) for what, value in _facts(report).items()),
         _warnings(report),
         "<h2>Size before and after</h2>" + _sizes(report),
-        "<h2>Loss by layer</h2>" + _map(losses, "{:.2%}".format, is_log=True),
+        "<h2>Loss by layer</h2>" + _map(losses, kinds, "{:.2%}".format, is_log=True),
         "<p class=note>Proxy loss tr(E H E<sup>T</sup>) / tr(W H W<sup>T</sup>) on the calibration text: the energy of "
         "the error in a layer's output over that of its weights. 0% is no error.</p>",
         "<h2>Loss by stage</h2>" + _stages(report),
-        "<h2>Bits by layer</h2>" + _map(bits, "{:.2f}".format),
-        _index_use(uses),
+        "<h2>Bits by layer</h2>" + _map(bits, kinds, "{:.2f}".format),
+        _index_use(uses, kinds),
         "<h2>Time by stage</h2>" + _times(report),
     ]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -116,28 +120,26 @@ def _stages(report: Report) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _index_use(uses: Iterable[CodebookUse]) -> str:
+def _index_use(uses: Iterable[CodebookUse], kinds: Sequence[str]) -> str:
     """A map of each kind of codebook: how much of an index's bits the choice of centroids really takes."""
     maps: dict[str, dict[str, Cell]] = {}
     dead = entries = 0
     for use in uses:
         unused = len(use.dead)
         dead, entries = dead + unused, entries + use.counts.numel()
-        told = (
-            f"entropy {use.entropy:.2f} of {use.index_bits:g} bits, {unused:,} of {use.counts.numel():,} centroids dead"
-        )
+        told = f"entropy {use.entropy:.2f} of {use.index_bits:g} bits, {unused:,} of {use.counts.numel():,} dead"
         maps.setdefault(use.codebook, {})[use.layer] = use.entropy / max(use.index_bits, 1), told
     if not maps:
         return ""
-    drawn = "".join(f"<p>{kind} codebook</p>{_map(cells, '{:.0%}'.format)}" for kind, cells in maps.items())
+    drawn = "".join(f"<p>{kind} codebook</p>{_map(cells, kinds, '{:.0%}'.format)}" for kind, cells in maps.items())
     return (
         f"<h2>Use of indices</h2>{drawn}<p class=note>Entropy of an index over its bits: 100% is a codebook whose "
         f"centroids are all used alike. {dead:,} of {entries:,} centroids are used by no vector.</p>"
     )
 
 
-def _map(cells: Mapping[str, Cell], form: Callable[[float], str], is_log: bool = False) -> str:
-    """Layers by block and kind; several in one place (experts) are shown by the one with the largest figure."""
+def _map(cells: Mapping[str, Cell], order: Sequence[str], form: Callable[[float], str], is_log: bool = False) -> str:
+    """Layers by block and, in this order, kind; of several in one place (experts) the largest figure is shown."""
     placed: dict[tuple[int, str], tuple[Cell, str]] = {}
     for name, cell in cells.items():
         block, kind = _place(name)
@@ -145,10 +147,11 @@ def _map(cells: Mapping[str, Cell], form: Callable[[float], str], is_log: bool =
             placed[block, kind] = cell, name
     if not placed:
         return "<p>nothing to show</p>"
-    kinds = list(dict.fromkeys(kind for _, kind in placed))
+    kinds = sorted({kind for _, kind in placed}, key=order.index)
     blocks = max(block for block, _ in placed) + 1
     values = [cell[0] for cell, _ in placed.values()]
     low, high = min(values), max(values)
+    low = max(low, high / MOST_TIMES) if is_log else low
     width = min(CELL, (WIDEST - LABEL) / blocks)
     drawn = []
     for (block, kind), ((value, told), name) in placed.items():
@@ -168,7 +171,9 @@ def _map(cells: Mapping[str, Cell], form: Callable[[float], str], is_log: bool =
         f'<text x="{LABEL + (block + 0.5) * width:.1f}" y="{bottom}" text-anchor="middle">{block}</text>'
         for block in range(0, blocks, step)
     ]
-    drawn += _scale([form(low), form(high)] if low < high else [form(low)], bottom + 16)
+    drawn += _scale(
+        [("≤ " if min(values) < low else "") + form(low), form(high)] if low < high else [form(low)], bottom + 16
+    )
     size = f'width="{LABEL + blocks * width + 10:.0f}" height="{bottom + 36}"'
     return f'<div class=map><svg {size} role="img">{"".join(drawn)}</svg></div>'
 
@@ -198,7 +203,7 @@ def _share(value: float, low: float, high: float, is_log: bool) -> float:
         return 0.5
     if is_log:
         value, low, high = math.log(value), math.log(low), math.log(high)
-    return (value - low) / (high - low)
+    return max(0.0, (value - low) / (high - low))
 
 
 def _color(share: float) -> str:

@@ -113,9 +113,10 @@ class Report:
 
     @property
     def mean_losses(self) -> dict[str, float]:
-        """Mean proxy loss after each stage, over the layers that went through it."""
+        """Mean proxy loss after each stage, over the layers that went through it; in the order they run."""
         stages: dict[str, list[float]] = {}
-        for layer in self.layers:
+        # A layer without residual leaves stages out: only one with all of them knows where those belong.
+        for layer in sorted(self.layers, key=lambda layer: -len(layer.losses)):
             for stage, loss in layer.losses.items():
                 stages.setdefault(stage, []).append(loss)
         return {stage: _mean(losses) for stage, losses in stages.items()}
