@@ -4,8 +4,8 @@
 
 Starts a server on a free port of this machine and asks for streamed completions of exactly so many tokens unless the
 model ends one before, some at a time. Then as many are asked as wait at a time, and the server is told to stop when the
-first has begun: all have to be answered to their end. Seconds are those of the client: to the first text, which includes
-waiting for one's turn, and to the end. The last line is JSON.
+first has begun: all have to be answered to their end. Seconds are those of the client: to the first text, which
+includes waiting for one's turn, and to the end. The last line is JSON.
 """
 
 from __future__ import annotations
