@@ -60,7 +60,10 @@ def main() -> None:
     console = output()
     console.print(comparison(report, folder, result))
     console.print(f"\n[bold]{arguments.prompt}[/bold]")
-    console.print(answer(quantized, tokenizer, arguments.prompt), markup=False)
+    with view() as shown:
+        shown(ProgressEvent("answering"))
+        said = answer(quantized, tokenizer, arguments.prompt)
+    console.print(said, markup=False)
     console.print(f"\nTalk to it: python -m vptq --model {folder} --chat", style="dim")
 
 
