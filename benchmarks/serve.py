@@ -1,10 +1,11 @@
-"""How long `vptq serve` lets people wait: many requests, some at a time, through the official client.
+"""How long `vptq serve` lets people wait, and whether it loses any: many requests through the official client.
 
-    python benchmarks/serve.py DIR [--requests 100] [--concurrency 8] [--tokens 32] [--prompt TEXT]
+    python benchmarks/serve.py DIR [--requests 100] [--concurrency 8] [--tokens 32] [--prompt TEXT] [--json FILE]
 
-Starts a server on a free port of this machine, asks for streamed completions of exactly so many tokens unless the model
-ends one before, and stops it. Seconds are those of the client: to the first text, which includes waiting for one's
-turn, and to the end. The last line is JSON.
+Starts a server on a free port of this machine and asks for streamed completions of exactly so many tokens unless the
+model ends one before, some at a time. Then as many are asked as wait at a time, and the server is told to stop when the
+first has begun: all have to be answered to their end. Seconds are those of the client: to the first text, which
+includes waiting for one's turn, and to the end. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import platform
 import re
 import signal
 import statistics
@@ -34,7 +37,9 @@ class Timing:
     tokens: int
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) -> Timing:
+async def ask(
+    client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, begun: asyncio.Event | None = None
+) -> Timing:
     began, first, usage = time.perf_counter(), None, None
     stream = await client.completions.create(
         model=model,
@@ -47,13 +52,15 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) 
     async for chunk in stream:
         if first is None and chunk.choices and chunk.choices[0].text:
             first = time.perf_counter() - began
+            if begun is not None:
+                begun.set()
         usage = chunk.usage or usage
     whole = time.perf_counter() - began
     assert usage is not None
     return Timing(first or whole, whole, usage.completion_tokens)
 
 
-async def ask_all(url: str, arguments: argparse.Namespace) -> list[Timing]:
+async def ask_all(url: str, arguments: argparse.Namespace) -> list[Timing | BaseException]:
     client = openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=3600)
     model = (await client.models.list()).data[0].id
     turn = asyncio.Semaphore(arguments.concurrency)
@@ -63,7 +70,21 @@ async def ask_all(url: str, arguments: argparse.Namespace) -> list[Timing]:
             return await ask(client, model, f"{number}. {arguments.prompt}", arguments.tokens)
 
     await ask(client, model, arguments.prompt, 2)  # warms up
-    return await asyncio.gather(*map(one, range(arguments.requests)))
+    return await asyncio.gather(*map(one, range(arguments.requests)), return_exceptions=True)
+
+
+async def ask_while_it_stops(
+    url: str, server: subprocess.Popen[str], arguments: argparse.Namespace
+) -> list[Timing | BaseException]:
+    client = openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=3600)
+    model, begun = (await client.models.list()).data[0].id, asyncio.Event()
+    asked = [
+        asyncio.create_task(ask(client, model, f"{number}. {arguments.prompt}", arguments.tokens, begun))
+        for number in range(arguments.concurrency)
+    ]
+    await begun.wait()
+    server.send_signal(signal.SIGTERM)
+    return await asyncio.gather(*asked, return_exceptions=True)
 
 
 def percentile(values: list[float], share: int) -> float:
@@ -89,15 +110,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         timings = asyncio.run(ask_all(url, arguments))
         seconds = time.perf_counter() - began
+        last = asyncio.run(ask_while_it_stops(url, server, arguments))
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate()
+    errors = [str(outcome) for outcome in timings if isinstance(outcome, BaseException)]
+    lost = [str(outcome) for outcome in last if isinstance(outcome, BaseException)]
+    print(*errors, *lost, sep="\n", file=sys.stderr)
+    timings = [outcome for outcome in timings if isinstance(outcome, Timing)]
     first, whole = [timing.first for timing in timings], [timing.whole for timing in timings]
     tokens = sum(timing.tokens for timing in timings)
     return {
         "benchmark": "serve",
-        "requests": len(timings),
+        "model": arguments.folder.name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "note": arguments.note,
+        "requests": arguments.requests,
+        "errors": len(errors),
         "concurrency": arguments.concurrency,
+        "asked_while_stopping": len(last),
+        "lost_while_stopping": len(lost),
+        "exit_status": server.returncode,
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -115,7 +148,12 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", default="Once upon a time")
-    result = measure(parser.parse_args())
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--note", default="", help="about the machine, for the file")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
         print(f"{key:20} {value:.3f}" if isinstance(value, float) else f"{key:20} {value}")
     print(json.dumps(result))

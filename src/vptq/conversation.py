@@ -8,19 +8,15 @@ When the turns outgrow the context the model forgets the oldest question with it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from vptq.errors import ConfigError
+from vptq.generation import Finish, PrefixCache, chat_prompt, context_length, generate_text, text_prompt
 from vptq.sampling import Sampling
-from vptq.streaming import TimedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,29 +29,17 @@ ROOM_FOR_ANSWER = 0.25
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and how fast.
+    """What a model answered.
 
     Attributes:
         text: The answer, without special tokens.
-        tokens: How many tokens it has.
-        first_token_seconds: Time until the first of them, which is the prompt's.
-        tokens_per_second: Of those after the first; 0 where there are none.
-        context_tokens: Prompt and answer together.
-        reused_tokens: Of the prompt, how many were in the cache from the answer before.
+        finish: How it ended, and how fast it came.
         forgotten_turns: Turns that the context held until this one needed their place.
-        stopped: Whether the caller stopped it.
-        cut: Whether it ends because no more tokens were allowed.
     """
 
     text: str
-    tokens: int
-    first_token_seconds: float
-    tokens_per_second: float
-    context_tokens: int
-    reused_tokens: int
+    finish: Finish
     forgotten_turns: int
-    stopped: bool
-    cut: bool
 
 
 class Conversation:
@@ -65,6 +49,7 @@ class Conversation:
         messages: Every turn, as {"role": "user" or "assistant", "content": text}, in turns.
         system_prompt: What the model is told before them; empty for nothing.
         sampling: How tokens are chosen.
+        context: Most tokens of prompt and answer together; None where neither model nor tokenizer states a limit.
     """
 
     def __init__(
@@ -79,21 +64,14 @@ class Conversation:
         self.system_prompt = system_prompt
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
+        self.context = context_length(model, tokenizer)
         self._forgotten = 0  # messages at the beginning that the context no longer holds
-        self._cache: DynamicCache | None = None
-        self._cached_ids = torch.empty(0, dtype=torch.int64)
+        self._cache = PrefixCache()
 
     @property
     def has_template(self) -> bool:
         """Whether the model knows turns; without, each question is a text by itself, to be continued."""
         return bool(self.tokenizer.chat_template)
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens of prompt and answer together; None where neither model nor tokenizer states a limit."""
-        stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = stated or self.tokenizer.model_max_length
-        return int(limit) if limit < 1e9 else None  # tokenizers say 1e30 for "no limit"
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -117,16 +95,25 @@ class Conversation:
             ConfigError: The question alone is longer than the context. As after every error, the turn has not happened.
         """
         before = self._forgotten
+        pieces: list[str] = []
+
+        def on_piece(piece: str) -> None:
+            pieces.append(piece)
+            on_text(piece)
+
         self.messages.append({"role": "user", "content": question})
         try:
-            answer = self._answer(self._fitting_prompt(), before, on_text, stop)
+            prompt = self._fitting_prompt()
+            finish = generate_text(
+                *(self.model, self.tokenizer, prompt, self.sampling, on_piece), is_stopped=stop, cache=self._cache
+            )
         except BaseException:
             self.messages.pop()
             self._forgotten = before
-            self._cache = None  # it may hold half a token
             raise
-        self.messages.append({"role": "assistant", "content": answer.text})
-        return answer
+        text = "".join(pieces).strip()
+        self.messages.append({"role": "assistant", "content": text})
+        return Answer(text, finish, (self._forgotten - before) // 2)
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation as plain data; `load_dict` takes it."""
@@ -161,110 +148,18 @@ class Conversation:
         self.system_prompt, self.sampling, self.messages = system_prompt, sampling, [dict(each) for each in messages]
 
     def _fitting_prompt(self) -> Tensor:
-        """Token ids [tokens] of as many of the last turns as leave room for an answer."""
-        context = self.context
-        while True:
-            ids = self._prompt()
-            if context is None:
-                return ids
-            room = min(self.sampling.max_new_tokens, int(context * ROOM_FOR_ANSWER))
-            if len(ids) + room <= context:
-                return ids
-            if self._forgotten + 1 == len(self.messages) or not self.has_template:
-                if len(ids) < context:
-                    return ids
-                raise ConfigError(f"this question is {len(ids)} tokens long with all that goes before it; "
-                                  f"the model's context holds {context}; ask something shorter")  # fmt: skip
+        """Token ids [1, tokens] of as many of the last turns as leave room for an answer; of one turn at least."""
+        prompt = self._prompt()
+        if self.context is None or not self.has_template:
+            return prompt
+        room = min(self.sampling.max_new_tokens, int(self.context * ROOM_FOR_ANSWER))
+        while prompt.shape[1] + room > self.context and self._forgotten + 1 < len(self.messages):
             self._forgotten += 2
+            prompt = self._prompt()
+        return prompt
 
     def _prompt(self) -> Tensor:
         if not self.has_template:
-            encoded = self.tokenizer(self.messages[-1]["content"], return_tensors="pt")
-        else:
-            encoded = templated(self.tokenizer, self.system_prompt, self.messages[self._forgotten :])
-        ids: Tensor = encoded["input_ids"][0]
-        return ids
-
-    def _answer(
-        self, prompt: Tensor, forgotten_before: int, on_text: Callable[[str], None], stop: Callable[[], bool]
-    ) -> Answer:
-        cache, reused = self._reusable_cache(prompt)
-        room = self.sampling.max_new_tokens if self.context is None else self.context - len(prompt)
-        allowed = min(self.sampling.max_new_tokens, room)
-        ids = prompt[None].to(self.model.device)
-        # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        streamer = TimedText(self.tokenizer, on_text)
-        generator: Any = self.model  # nn.Module.__getattr__ hides the mixin's method from the type checker
-        self.sampling.seed_random()
-        began = time.perf_counter()
-        output = generator.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=streamer,
-            stopping_criteria=[lambda tokens, scores: torch.full((len(tokens),), stop(), device=tokens.device)],
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            **({} if cache is None else {"past_key_values": cache}),
-            **self.sampling.generate_arguments(),
-            max_new_tokens=allowed,
-        )
-        self._keep_cache(output)
-        tokens = output.sequences[0, len(prompt) :]
-        return Answer(
-            text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
-            tokens=len(tokens),
-            first_token_seconds=streamer.clock.times[0] - began,
-            tokens_per_second=streamer.clock.tokens_per_second,
-            context_tokens=len(prompt) + len(tokens),
-            reused_tokens=reused,
-            forgotten_turns=(self._forgotten - forgotten_before) // 2,
-            stopped=stop(),
-            cut=len(tokens) == allowed and not stop() and not self._ends(tokens),
-        )
-
-    def _ends(self, tokens: Tensor) -> bool:
-        """Whether the last token is one that ends an answer."""
-        config: Any = self.model.generation_config
-        ends = config.eos_token_id
-        return int(tokens[-1]) in (ends if isinstance(ends, list) else [ends])
-
-    def _reusable_cache(self, prompt: Tensor) -> tuple[DynamicCache | None, int]:
-        """The last answer's cache, cut to what it has in common with a prompt, and how many tokens that are."""
-        if self._cache is None:
-            return None, 0
-        length = min(len(self._cached_ids), len(prompt) - 1)  # one token has to run, to predict the next
-        differing = (self._cached_ids[:length] != prompt[:length]).nonzero()
-        common = int(differing[0]) if len(differing) else length
-        surplus = len(self._cached_ids) - common
-        if common == 0:
-            return None, 0
-        if surplus:
-            self._cache.crop(-surplus)
-        return self._cache, common
-
-    def _keep_cache(self, output: Any) -> None:
-        """Keep what generate() leaves, if it can be cut at any token: not a sliding window, not a running state."""
-        cache = output.past_key_values
-        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
-            self._cache, self._cached_ids = cache, output.sequences[0, : cache.get_seq_length()].cpu()
-        else:
-            self._cache = None
-
-
-def templated(tokenizer: PreTrainedTokenizerBase, system_prompt: str, messages: list[Message]) -> Any:
-    """A conversation as model inputs: input_ids and attention_mask, each [1, tokens].
-
-    Some models' templates know no system role and raise on it (whatever their authors chose to raise); those get the
-    system prompt in front of the first question.
-    """
-    arguments: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    try:
-        return tokenizer.apply_chat_template([*system, *messages], **arguments)
-    except Exception:
-        if not system:
-            raise
-        first, *rest = messages
-        merged = {**first, "content": f"{system_prompt}\n\n{first['content']}"}
-        return tokenizer.apply_chat_template([merged, *rest], **arguments)
+            return text_prompt(self.tokenizer, self.messages[-1]["content"])
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return chat_prompt(self.tokenizer, [*system, *self.messages[self._forgotten :]])

@@ -1,8 +1,8 @@
-"""One answer of a model, as text that comes in pieces: what the server and the web chat have in common.
+"""One answer of a model, as text that comes in pieces: what terminal chat, prompts, server and web chat have in common.
 
-transformers' `generate` does the work. Around it stand three things that it does not do, or not well enough to show
-somebody: text piece by piece without half a character or a lost space, stop strings that never show in part, and an
-answer that can be given up between two tokens from another thread.
+transformers' `generate` does the work. Around it stand four things that it does not do, or not well enough to show
+somebody: text piece by piece without half a character or a lost space, stop strings that never show in part, an answer
+that can be given up between two tokens from another thread, and keys and values kept from one answer to the next.
 """
 
 from __future__ import annotations
@@ -14,58 +14,70 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vptq.errors import ConfigError
+from vptq.sampling import Sampling
+from vptq.streaming import StopStrings, TextStream, TokenTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The first two are OpenAI's: the model ended the answer, or a stop string did; or it was cut off.
 FinishReason = Literal["stop", "length", "given up"]
-# What a decoder writes for bytes that are no whole character yet.
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; None leaves a setting to the model's own generation_config.json.
-
-    Attributes:
-        max_new_tokens: Most tokens of the answer.
-        temperature: What logits are divided by; 0 always takes the likeliest token.
-        top_p: Only the likeliest tokens that together have this probability.
-        seed: Of the choice; the same prompt with the same seed gets the same answer.
-        stop: Texts that end the answer; they are not part of it.
-    """
-
-    max_new_tokens: int
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """What transformers' generate() is told."""
-        if self.temperature == 0:
-            # Greedy search warns about settings that only sampling has.
-            choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        else:
-            given = {"temperature": self.temperature, "top_p": self.top_p}
-            choice = {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}
-        return {"max_new_tokens": self.max_new_tokens, **choice}
 
 
 @dataclass(frozen=True)
 class Finish:
-    """How an answer ended.
+    """How an answer ended, and how fast it came.
 
     Attributes:
-        reason: "stop", "length", or "given up" because the caller said so.
+        reason: "stop", "length" (of what was allowed, or of the context), or "given up" because the caller said so.
         tokens: Tokens that were generated, one that ends the answer included.
+        prompt_tokens: Tokens of the prompt.
+        reused_tokens: Of those, how many were in the cache from the answer before.
+        first_token_seconds: Time until the first token, which is the prompt's.
+        tokens_per_second: Of the tokens after the first; 0 where there are none.
     """
 
     reason: FinishReason
     tokens: int
+    prompt_tokens: int
+    reused_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+class PrefixCache:
+    """Keys and values of the last prompt and answer, for a next prompt that begins alike: the same chat, a turn later.
+
+    Only what can be cut at any token is kept: no sliding window, no running state.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[DynamicCache, Tensor] | None = None
+
+    def take(self, prompt: Tensor) -> tuple[DynamicCache | None, int]:
+        """Hand over what a prompt [tokens] has in common with the last one, and how many tokens that are.
+
+        It is gone from here then, so that an answer which fails leaves nothing half done behind.
+        """
+        (cache, ids), self._kept = self._kept or (None, prompt[:0]), None
+        length = min(len(ids), len(prompt) - 1)  # one token has to run, to predict the next
+        differing = (ids[:length] != prompt[:length]).nonzero()
+        common = int(differing[0]) if len(differing) else length
+        if cache is None or common == 0:
+            return None, 0
+        if len(ids) > common:
+            cache.crop(common - len(ids))
+        return cache, common
+
+    def keep(self, output: Any) -> None:
+        """Keep what generate() leaves."""
+        cache = output.past_key_values
+        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self._kept = cache, output.sequences[0, : cache.get_seq_length()].cpu()
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:
@@ -116,6 +128,9 @@ def generate_text(
     on_text: Callable[[str], None],
     is_stopped: Callable[[], bool] = lambda: False,
     on_token: Callable[[], None] = lambda: None,
+    stops: Iterable[str] = (),
+    goes_on: bool = False,
+    cache: PrefixCache | None = None,
 ) -> Finish:
     """Answer a prompt.
 
@@ -123,20 +138,33 @@ def generate_text(
         model: Any causal language model.
         tokenizer: Its tokenizer.
         prompt: Token ids [1, tokens].
-        sampling: How tokens are chosen, and where the answer ends.
+        sampling: How tokens are chosen, and how many at most; the context's end is an end too.
         on_text: Called with each piece of the answer as soon as it is certain to be part of it.
         is_stopped: Asked after every token whether to give up.
         on_token: Called after every token.
+        stops: Texts that end the answer; they are not part of it.
+        goes_on: Whether the answer continues the prompt's text, and so begins with the space that belongs between.
+        cache: Of the answer before, to which this one's is added; None to run all of the prompt and keep nothing.
 
     Returns:
         How it ended. Equal seeds give equal answers if no other thread draws random numbers meanwhile.
+
+    Raises:
+        ConfigError: The prompt fills the context.
     """
-    stream = _TextStream(tokenizer, StopStrings(sampling.stop), on_text)
+    context, length = context_length(model, tokenizer), prompt.shape[1]
+    if context is not None and length >= context:
+        raise ConfigError(
+            f"the question is {length} tokens long with all that goes before it; the model's context holds {context}; "
+            "ask something shorter, or begin a new conversation"
+        )
+    stream = TextStream(tokenizer, StopStrings(stops), on_text, prompt[0].tolist() if goes_on else ())
+    kept, reused = (None, 0) if cache is None else cache.take(prompt[0].cpu())
     prompt = prompt.to(model.device)
     # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    # A criterion sees each token before it is decided whether to go on; what transformers calls a streamer, after.
+    # A criterion sees each token before it is decided whether to go on; what transformers calls a streamer cannot stop.
     def is_over(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
         on_token()
         stream.take(int(tokens[0, -1]))
@@ -144,103 +172,26 @@ def generate_text(
 
     generator: Any = model  # nn.Module.__getattr__ hides the mixin's method from the type checker
     with _seeded(model, sampling.seed):
+        times = TokenTimes()
         output = generator.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            streamer=times,
             stopping_criteria=[is_over],
             pad_token_id=pad,
+            return_dict_in_generate=True,
+            max_new_tokens=min(sampling.max_new_tokens, context - length if context else sampling.max_new_tokens),
             **sampling.generate_arguments(),
+            **({} if kept is None else {"past_key_values": kept}),
         )
     stream.end()
-    tokens = output.shape[1] - prompt.shape[1]
-    if stream.stops.found or _ends(model, int(output[0, -1])):
-        return Finish("stop", tokens)
-    return Finish("given up" if is_stopped() else "length", tokens)
-
-
-class StopStrings:
-    """Lets through the text before the first stop string, however it is cut into pieces.
-
-    A piece that may be the beginning of a stop string is held back until the next ones decide. The first stop string is
-    the one that is complete first; of two that end at one place, the longer.
-
-    Attributes:
-        found: Whether a stop string has come. Nothing is let through afterwards.
-    """
-
-    def __init__(self, stops: Iterable[str] = ()) -> None:
-        self.found = False
-        self._stops = sorted(filter(None, stops), key=len, reverse=True)
-        self._held = ""
-
-    def take(self, piece: str) -> str:
-        """Take the next piece of text; return what is certain to come before any stop string."""
-        if self.found:
-            return ""
-        text = self._held + piece
-        places = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return text[: min(places)[1]]
-        held = max((self._overlap(text, stop) for stop in self._stops), default=0)
-        certain = len(text) - held
-        self._held = text[certain:]
-        return text[:certain]
-
-    def rest(self) -> str:
-        """What was held back, now that no more text comes."""
-        rest, self._held = ("" if self.found else self._held), ""
-        return rest
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` with which `stop` begins."""
-        return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)
-
-
-class _TextStream:
-    """Turns tokens into text as they come.
-
-    transformers' TextStreamer cuts at spaces and starts afresh at line ends, which loses a space of every indented line
-    with tokenizers that mark spaces at the beginning of words. Here the new text is the difference between decoding the
-    last tokens with and without the new ones, so that a decoder always sees what stands before.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: StopStrings,
-        on_text: Callable[[str], None],
-    ) -> None:
-        self.stops = stops
-        self._tokenizer = tokenizer
-        self._on_text = on_text
-        self._tokens: list[int] = []
-        self._done = 0  # of these tokens, how many have become text; they stay as the others' context
-
-    def take(self, token: int) -> None:
-        """Take the next token."""
-        self._tokens.append(token)
-        text = self._new_text()
-        if text and not text.endswith(_REPLACEMENT):
-            self._tokens = self._tokens[self._done :]
-            self._done = len(self._tokens)
-            self._pass_on(self.stops.take(text))
-
-    def end(self) -> None:
-        """The answer is complete."""
-        self._pass_on(self.stops.take(self._new_text()) + self.stops.rest())
-
-    def _new_text(self) -> str:
-        return self._decode(self._tokens)[len(self._decode(self._tokens[: self._done])) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _pass_on(self, text: str) -> None:
-        if text:
-            self._on_text(text)
+    if cache is not None:
+        cache.keep(output)
+    reason: FinishReason = "given up" if is_stopped() else "length"
+    if stream.stops.found or _ends(model, int(output.sequences[0, -1])):
+        reason = "stop"
+    tokens = output.sequences.shape[1] - length
+    return Finish(reason, tokens, length, reused, times.first_token_seconds, times.tokens_per_second)
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:

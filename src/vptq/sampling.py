@@ -1,4 +1,4 @@
-"""How a model's next token is chosen: the settings of a conversation, checked."""
+"""How a model's next token is chosen: the settings of an answer, checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sampling:
         top_p: Only the likeliest tokens that together have this probability.
         top_k: Only so many of the likeliest; 0 for all.
         repetition_penalty: What the logits of tokens seen before are made less likely by; 1 for not at all.
-        seed: Of the choice; the same conversation with the same seed gets the same answer.
+        seed: Of the choice; the same prompt with the same seed gets the same answer.
 
     Raises:
         ConfigError: A setting is out of range or of the wrong type.
@@ -76,7 +76,7 @@ class Sampling:
         return replace(self, **change)
 
     def generate_arguments(self) -> dict[str, Any]:
-        """What transformers' generate() is told besides the number of tokens."""
+        """What transformers' generate() is told besides the number of tokens and the seed."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         given.pop("max_new_tokens")
         given.pop("seed", None)
@@ -85,10 +85,3 @@ class Sampling:
             penalty = {name: value for name, value in given.items() if name == "repetition_penalty"}
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **penalty}
         return {"do_sample": True, **given}
-
-    def seed_random(self) -> None:
-        """Seed torch's generators, if there is a seed."""
-        if self.seed is not None:
-            import torch
-
-            torch.manual_seed(self.seed)

@@ -181,7 +181,7 @@ def _open(auto_class: Any, source: ModelSource, *args: Any, **kwargs: Any) -> An
     """`auto_class.from_pretrained`, with the arguments this source needs and one-line errors."""
     if source.gguf_file is not None:
         kwargs["gguf_file"] = source.gguf_file
-    if not source.is_local and _hub_is_out_of_reach():
+    if not source.is_local and hub_is_out_of_reach():
         kwargs["local_files_only"] = True
     with _one_line_errors(source, auto_class.__name__):
         return auto_class.from_pretrained(source.folder, *args, **kwargs)
@@ -219,7 +219,7 @@ def _explain(source: ModelSource, wanted: str, error: Exception) -> str:
     return f"transformers cannot load it ({text})"
 
 
-def _hub_is_out_of_reach() -> bool:
+def hub_is_out_of_reach() -> bool:
     """Whether the hub's name cannot even be resolved.
 
     huggingface_hub retries every file for half a minute; without a network that is minutes until the first message.

@@ -18,7 +18,15 @@ COMMANDS: Any = typer.main.get_command(app)
 
 # What scripts out there rely on; options may be added, and none of these may go.
 PROMISED = {
-    "": {"--model", "--tokenizer", "--prompt", "--chat", "--chat-system-prompt"},
+    "": {
+        "--install-completion",
+        "--show-completion",
+        "--model",
+        "--tokenizer",
+        "--prompt",
+        "--chat",
+        "--chat-system-prompt",
+    },
     "quantize": {
         *("-o", "--output", "--spec", "--bits", "--calibration", "--sequences", "--seqlen", "--seed", "--device"),
         *("--size", "--dtype", "--hessian-dir", "--hessian-inputs", "--overwrite", "--resume"),
@@ -27,23 +35,24 @@ PROMISED = {
     },
     "finetune": {
         *("-o", "--output", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--overwrite"),
-        *("--resume", "--move-indices"),
+        *("--resume", "--move-indices", "--progress", "--quiet"),
     },
     "eval": {
         *("--reference", "--text", "--seqlen", "--windows", "--json", "--device", "--dtype"),
-        *("--tasks", "--task-dir", "--limit", "--batch-size"),
+        *("--tasks", "--task-dir", "--limit", "--batch-size", "--progress", "--quiet"),
     },
     "plan": {
         *("--bits", "--size", "--calibration", "--sequences", "--seqlen", "--seed", "--device", "--dtype", "--json"),
         *("--norm", "--no-norm", "--perm", "--no-perm", "--absorb-perm", "--no-absorb-perm", "--rotate"),
-        "--lm-head",
+        *("--lm-head", "--progress", "--quiet"),
     },
     "info": {"--layers", "--no-layers", "--indices", "--picture"},
     "chat": {"--tokenizer", "--system", "--codebook-form", "--device", "--dtype"},
     "bench": {
         *("--reference", "--prompt-tokens", "--tokens", "--rounds", "--threads", "--codebook-form", "--json"),
-        *("--device", "--dtype"),
+        *("--device", "--dtype", "--progress", "--quiet"),
     },
+    "push": {"--public", "--eval", "--base-model", "--license", "--dry-run", "--progress", "--quiet"},
     "compare": {"-o", "--output", "--json"},
     "serve": {
         "--host",
@@ -115,6 +124,8 @@ def test_the_readme_shows_every_command() -> None:
         (["compare"], "DIR"),
         (["info", "model", "--picture", "x.png"], "--picture"),
         (["serve"], "MODEL"),
+        (["push", "DIR"], "REPO"),
+        (["eval", "model", "--progress", "xml"], "--progress"),
         (["serve", "model", "--port", "70000"], "--port"),
         (["app", "--port", "0"], "--port"),
         (["info"], "SPEC"),
@@ -154,6 +165,9 @@ def test_wrong_usage_exits_with_2(
         (["eval", "MODEL", "--limit", "3"], "there are no tasks"),
         (["eval", "MODEL", "--tasks", "piqa", "--windows", "3"], "only tasks are measured"),
         (["serve", "./missing"], "no model at ./missing"),
+        (["push", "./missing", "me/it"], "no folder missing"),
+        (["push", "MODEL", "a/b/c"], "no name of a repository"),
+        (["push", "MODEL", "me/it"], "not a quantized model"),
         (["app", "./missing"], "no model at ./missing"),
         (["app", "--no-published"], "no model to offer"),
         (["info", "./missing"], "no folder ./missing"),

@@ -11,24 +11,24 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "vptq"
 
 RANKS = (
-    ("errors",),
+    ("errors", "progress"),
     ("config", "entry"),
     ("spec",),
     ("packing", "weight", "reference"),
     ("ops",),
-    ("linear", "shared_input", "shards", "checkpoint"),
-    ("text", "source", "sampling", "streaming"),
+    ("linear", "shared_input", "shards", "checkpoint", "index_use", "naming"),
+    ("text", "source", "download", "sampling", "streaming"),
     ("quantize",),
     ("model",),
     ("integrations",),
     ("conversation", "generation", "engine"),
-    ("evaluate",),
+    ("evaluate", "publish"),
     ("serve", "cli", "app", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
 INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shared_input", "shards", "checkpoint",
-             "source", "model", "integrations", "sampling", "streaming",
+             "source", "model", "integrations", "sampling", "streaming", "progress", "download",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 

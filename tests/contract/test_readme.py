@@ -9,13 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
+from command_lines import parse
 
 import vptq
-from vptq.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,15 +26,6 @@ def blocks(language: str) -> Iterator[str]:
 def shell_lines() -> list[str]:
     joined = "\n".join(blocks("sh")).replace("\\\n", " ")
     return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-
-
-def parse(arguments: list[str]) -> None:
-    """Parse a command line of ours without running it; whatever running it would refuse raises."""
-    group: Any = typer.main.get_command(app)
-    if arguments and arguments[0] in group.commands:
-        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
-    else:
-        group.make_context("vptq", arguments)
 
 
 def test_the_readme_has_commands_and_python() -> None:

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import vptq
 from vptq.errors import CalibrationError, ConfigError
+from vptq.progress import ProgressEvent
 from vptq.quantize import activations, finetune_folder, setup
-from vptq.quantize.report import ProgressEvent, Report, load_report
+from vptq.quantize.report import Report, load_report
 from vptq.quantize.student import Student
 from vptq.quantize.training import TrainingConfig
 from vptq.quantize.weights import WeightFiles

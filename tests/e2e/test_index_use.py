@@ -12,8 +12,8 @@ import torch
 from vptq.checkpoint import Checkpoint
 from vptq.cli import main
 from vptq.evaluate.compare import compare
-from vptq.evaluate.indices import CodebookUse, codebook_uses
 from vptq.evaluate.plot import draw_index_use
+from vptq.index_use import CodebookUse, codebook_uses
 
 # Codebooks with more entries than the small layers can use, so that some are dead.
 KINDS: tuple[dict[str, Any], ...] = (

@@ -15,7 +15,8 @@ from vptq.checkpoint import Checkpoint
 from vptq.cli import main
 from vptq.errors import ConfigError
 from vptq.linear import VQuantLinear
-from vptq.quantize.report import ProgressEvent, load_report
+from vptq.progress import ProgressEvent
+from vptq.quantize.report import load_report
 
 QUICK: dict[str, Any] = {"spec": "v4-k64-64", "sequences": 4, "seqlen": 16}
 TOKENS = torch.arange(3, 35)[None]

@@ -12,11 +12,12 @@ from model_zoo import job_for
 import vptq
 from vptq.checkpoint import Checkpoint
 from vptq.errors import CalibrationError, ConfigError
+from vptq.progress import ProgressEvent
 from vptq.quantize import finetune_folder, index_moves, move_turns, setup
 from vptq.quantize.finetune import FinetuneReport
 from vptq.quantize.index_moves import differing, vectors_of
 from vptq.quantize.move_turns import MoveTurns
-from vptq.quantize.report import ProgressEvent, load_report
+from vptq.quantize.report import load_report
 from vptq.quantize.student import Student
 from vptq.quantize.training import TrainingConfig
 

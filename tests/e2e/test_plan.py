@@ -14,8 +14,9 @@ import vptq
 from vptq.checkpoint import Checkpoint
 from vptq.cli import main
 from vptq.errors import ConfigError
+from vptq.progress import ProgressEvent
 from vptq.quantize import measurements
-from vptq.quantize.report import ProgressEvent, load_report
+from vptq.quantize.report import load_report
 
 QUICK: dict[str, Any] = {"sequences": 6, "seqlen": 32, "device": "cpu"}
 OPTIONS = ("--sequences", "6", "--seqlen", "32", "--device", "cpu")

@@ -8,9 +8,9 @@ from model_zoo import like_trained, tiny
 
 import vptq
 from vptq.checkpoint import Checkpoint
+from vptq.progress import ProgressEvent
 from vptq.quantize import planner
 from vptq.quantize.folding import FoldedFiles
-from vptq.quantize.report import ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 
 QUICK: dict[str, Any] = {"sequences": 6, "seqlen": 32, "device": "cpu", "rotate": True}

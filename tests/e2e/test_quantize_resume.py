@@ -13,7 +13,7 @@ import safetensors.torch
 
 import vptq
 from vptq.errors import CheckpointError, ConfigError
-from vptq.quantize.report import ProgressEvent
+from vptq.progress import ProgressEvent
 
 QUICK: dict[str, Any] = {"spec": "v4-k16", "sequences": 3, "seqlen": 16}
 
@@ -32,7 +32,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("report.json", "report.png", "README.md")
+        if path.is_file() and path.name not in ("report.json", "report.png", "report.html", "README.md")
     }
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from vptq.errors import CalibrationError, ConfigError
+from vptq.progress import ProgressEvent
 from vptq.quantize.calibration import load_calibration
-from vptq.quantize.report import ProgressEvent
 from vptq.quantize.sampling import PreallocatedLayer, sample_sequences
 
 BOS = 1

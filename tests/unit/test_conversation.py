@@ -9,8 +9,9 @@ import torch
 from model_zoo import tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vptq.conversation import Conversation, templated
+from vptq.conversation import Conversation
 from vptq.errors import ConfigError
+from vptq.generation import PrefixCache
 from vptq.sampling import Sampling
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -25,7 +26,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     def spy(conversation: Conversation) -> torch.Tensor:
         ids = prompt(conversation)
-        seen.append(ids.tolist())
+        seen.append(ids[0].tolist())
         return ids
 
     monkeypatch.setattr(Conversation, "_fitting_prompt", spy)
@@ -56,10 +57,10 @@ def test_pieces_make_up_the_answer_and_are_counted(make: Make) -> None:
     pieces: list[str] = []
     answer = make().ask("ba de", pieces.append)
     assert "".join(pieces).strip() == answer.text != ""
-    assert 1 <= answer.tokens <= 6
-    assert answer.context_tokens == 11 + answer.tokens
-    assert answer.first_token_seconds > 0
-    assert not answer.stopped
+    assert 1 <= answer.finish.tokens <= 6
+    assert answer.finish.prompt_tokens == 11
+    assert answer.finish.first_token_seconds > 0
+    assert answer.finish.reason != "given up"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma2"])
@@ -67,11 +68,11 @@ def test_the_cache_of_earlier_turns_changes_no_answer(family: str, make: Make) -
     kept, fresh = make(family), make(family)
     for question in ("ba de fi", "go ku", "la mi nu", "ra se ti"):
         answer = kept.ask(question)
-        fresh._cache = None
+        fresh._cache = PrefixCache()
         assert fresh.ask(question).text == answer.text
         if len(kept.messages) > 2:
             # gemma2's sliding windows cannot be cut; the others run again only what is new.
-            assert answer.reused_tokens == 0 if family == "gemma2" else answer.reused_tokens > 10
+            assert answer.finish.reused_tokens == 0 if family == "gemma2" else answer.finish.reused_tokens > 10
 
 
 def test_the_cache_is_cut_where_the_conversation_changes(make: Make, prompts: list[list[int]]) -> None:
@@ -83,7 +84,7 @@ def test_the_cache_is_cut_where_the_conversation_changes(make: Make, prompts: li
     assert conversation.messages == other.messages
     conversation.system_prompt = "ba"
     conversation.ask("ba de")
-    assert conversation.ask("fi").reused_tokens < len(prompts[-1])
+    assert conversation.ask("fi").finish.reused_tokens < len(prompts[-1])
 
 
 def test_what_outgrows_the_context_loses_its_oldest_turns(make: Make, prompts: list[list[int]]) -> None:
@@ -91,7 +92,7 @@ def test_what_outgrows_the_context_loses_its_oldest_turns(make: Make, prompts: l
     forgotten = [conversation.ask(f"ba de fi {word}") for word in ("ka", "ke", "ki", "ko", "ku")]
     assert sum(answer.forgotten_turns for answer in forgotten) > 0
     assert forgotten[0].forgotten_turns == 0
-    assert all(answer.context_tokens <= 48 for answer in forgotten)
+    assert all(answer.finish.prompt_tokens + answer.finish.tokens <= 48 for answer in forgotten)
     last = conversation.tokenizer.decode(prompts[-1]).split()
     assert last[:5] == ["<s>", "<unk>", "ku", "ku", "</s>"], "the system prompt stays"
     assert last[-3] == "ku"
@@ -118,9 +119,9 @@ def test_a_stopped_answer_is_kept_as_far_as_it_went(make: Make) -> None:
         return len(asked) >= 2
 
     answer = conversation.ask("ba de", stop=stop)
-    assert (answer.tokens, answer.stopped, answer.cut) == (2, True, False)
+    assert (answer.finish.tokens, answer.finish.reason) == (2, "given up")
     assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
-    assert conversation.ask("ba de").reused_tokens > 0
+    assert conversation.ask("ba de").finish.reused_tokens > 0
 
 
 def test_an_interrupted_answer_did_not_happen(make: Make) -> None:
@@ -186,22 +187,6 @@ def test_what_is_no_conversation_is_refused_and_changes_nothing(change: dict[str
     with pytest.raises(ConfigError, match=r"^[^\n]*$"):
         conversation.load_dict({**before, **change})
     assert conversation.to_dict() == before
-
-
-def test_a_template_without_a_system_role_gets_it_in_the_first_question(
-    tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_system = (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}"
-        "{% endif %}{{ message['content'] }} </s> {% endfor %}"
-    )
-    monkeypatch.setattr(tiny_tokenizer, "chat_template", no_system)
-    history = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "de"}]
-    inputs = templated(tiny_tokenizer, "ku ku", history)
-    assert tiny_tokenizer.decode(inputs["input_ids"][0]).split() == ["ku", "ku", "ba", "</s>", "de", "</s>"]
-    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('broken') }}")
-    with pytest.raises(Exception, match="broken"):
-        templated(tiny_tokenizer, "", history)
 
 
 def test_models_find_the_stored_model_name(

@@ -13,6 +13,7 @@ import vptq
 from vptq.errors import ConfigError, VPTQError
 from vptq.evaluate import perplexity
 from vptq.evaluate.perplexity import score_windows
+from vptq.progress import ProgressEvent
 
 
 @pytest.fixture
@@ -139,18 +140,18 @@ def test_every_text_is_measured_as_if_alone_and_the_first_is_the_evaluations_own
     texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
     texts[0].write_text("ba de fi go ku " * 8)
     texts[1].write_text("lo ma ne pi ru " * 9)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[ProgressEvent] = []
     options: dict[str, Any] = {"seqlen": 20, "tokenizer": tiny_tokenizer}
-    both = vptq.evaluate(
-        *(tiny_model, changed_model, texts), **options, progress=lambda *event: seen.append(event)
-    ).to_dict()
+    both = vptq.evaluate(*(tiny_model, changed_model, texts), **options, progress=seen.append).to_dict()
     alone = [vptq.evaluate(tiny_model, changed_model, text, **options).to_dict() for text in texts]
     assert list(both["texts"]) == [scores for each in alone for scores in each["texts"]]
     assert both["texts"][0]["perplexity"] != both["texts"][1]["perplexity"]
     assert both["tasks"] == ()
     same = set(alone[0]) - {"texts", "seconds"}
     assert {key: both[key] for key in same} == {key: alone[0][key] for key in same}
-    assert seen == [(str(text), done, 2) for text in texts for done in (1, 2)]
+    stages = [f"reading {text}" for text in texts] + [str(text) for text in texts for _ in range(2)]
+    assert [event.stage for event in seen] == stages, "nothing is loaded here"
+    assert [(event.done, event.total) for event in seen[2:]] == [(1, 2), (2, 2)] * 2
 
 
 def test_evaluate_refuses_before_it_loads_a_model(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vptq.errors import ConfigError
+from vptq.progress import ProgressEvent
 from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
-from vptq.quantize.report import ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.weights import spill, tied_weights
 

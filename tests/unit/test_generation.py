@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vptq.errors import ConfigError
-from vptq.generation import Finish, Sampling, StopStrings, _TextStream, chat_prompt, generate_text, text_prompt
+from vptq.generation import Finish, chat_prompt, generate_text, text_prompt
+from vptq.sampling import Sampling
+from vptq.streaming import StopStrings, TextStream
 
 LETTERS = st.text("ab", max_size=12)
 
@@ -43,7 +45,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(text: str, stop
 def stream(tokenizer: Any, ids: list[int]) -> list[str]:
     """The pieces of text that a streamer makes of these tokens."""
     pieces: list[str] = []
-    streamer = _TextStream(tokenizer, StopStrings(), pieces.append)
+    streamer = TextStream(tokenizer, StopStrings(), pieces.append)
     for token in ids:
         streamer.take(token)
     streamer.end()
@@ -78,10 +80,10 @@ def test_pieces_add_up_to_the_decoded_text_spaces_and_all(ids: list[int]) -> Non
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def answer(model: Any, tokenizer: Any, **settings: Any) -> tuple[str, Finish]:
+def answer(model: Any, tokenizer: Any, stops: tuple[str, ...] = (), **settings: Any) -> tuple[str, Finish]:
     pieces: list[str] = []
     sampling = Sampling(**{"max_new_tokens": 12, "temperature": 0.0} | settings)
-    finish = generate_text(model, tokenizer, text_prompt(tokenizer, "ba de fi"), sampling, pieces.append)
+    finish = generate_text(model, tokenizer, text_prompt(tokenizer, "ba de fi"), sampling, pieces.append, stops=stops)
     return "".join(pieces), finish
 
 
@@ -91,7 +93,8 @@ def test_an_answer_is_what_generate_gives(tiny_model: PreTrainedModel, tiny_toke
     tokens = generator.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, prompt.shape[1] :]
     text, finish = answer(tiny_model, tiny_tokenizer)
     assert text == tiny_tokenizer.decode(tokens, skip_special_tokens=True)
-    assert finish == Finish("length" if len(tokens) == 12 and int(tokens[-1]) != 2 else "stop", len(tokens))
+    assert finish.reason == ("length" if len(tokens) == 12 and int(tokens[-1]) != 2 else "stop")
+    assert (finish.tokens, finish.prompt_tokens, finish.reused_tokens) == (len(tokens), prompt.shape[1], 0)
 
 
 def test_a_stop_string_ends_the_answer_there(
@@ -101,7 +104,7 @@ def test_a_stop_string_ends_the_answer_there(
     words = whole.split()
     assert finish.reason == "length"
     stop = f" {words[4]}"
-    text, finish = answer(tiny_model, tiny_tokenizer, stop=(stop, "never"))
+    text, finish = answer(tiny_model, tiny_tokenizer, stops=(stop, "never"))
     assert text == whole[: whole.index(stop)]
     assert finish.reason == "stop"
     assert finish.tokens < 12
@@ -113,8 +116,9 @@ def test_an_end_token_ends_the_answer(tiny_model: PreTrainedModel, tiny_tokenize
     third = whole.split()[2]
     config.eos_token_id = [2, tiny_tokenizer.get_vocab()[third]]
     tokens = whole.split().index(third) + 1
-    assert answer(tiny_model, tiny_tokenizer)[1] == Finish("stop", tokens)
-    assert answer(tiny_model, tiny_tokenizer, max_new_tokens=tokens)[1] == Finish("stop", tokens)
+    for allowed in (12, tokens):
+        finish = answer(tiny_model, tiny_tokenizer, max_new_tokens=allowed)[1]
+        assert (finish.reason, finish.tokens) == ("stop", tokens)
 
 
 def test_a_seed_repeats_an_answer_and_leaves_everybody_elses_chance_alone(
@@ -154,3 +158,23 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_question(tiny_mod
     assert [word for word in text.split() if word != "<s>"] == ["ku", "ku", "ba", "de", "</s>"]
     with pytest.raises(ConfigError, match="no system role"):
         chat_prompt(tokenizer, [question, system])
+
+
+def test_a_continuation_begins_with_the_space_that_belongs_before_it() -> None:
+    tokenizer = bytes_tokenizer(True)
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, StopStrings(), pieces.append, before=[1, 2])
+    for token in (1, 2):
+        stream.take(token)
+    stream.end()
+    assert "".join(pieces) == " aa", "what was there before is not repeated"
+
+
+def test_a_prompt_that_fills_the_context_is_refused(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    context = tiny_model.config.max_position_embeddings
+    prompt = torch.full((1, context), 5)
+    with pytest.raises(ConfigError, match=f"is {context} tokens long .* context holds {context}"):
+        generate_text(tiny_model, tiny_tokenizer, prompt, Sampling(), print)
+    assert generate_text(tiny_model, tiny_tokenizer, prompt[:, 1:], Sampling(), len).tokens == 1

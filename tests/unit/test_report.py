@@ -84,7 +84,7 @@ def test_a_folder_gets_json_and_plot_and_nothing_else(tmp_path: Path) -> None:
     report = a_report({"k-means": 0.4, "refit": 0.2}, {"k-means": 0.3, "refit": math.nan}, {})
     assert load_report(tmp_path) is None
     save_report(report, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.png"]
     png = (tmp_path / "report.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
@@ -103,7 +103,7 @@ def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "vptq.quantize.plot", raising=False)
     save_report(a_report({"refit": 0.2}), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
@@ -148,3 +148,9 @@ def test_a_card_without_a_hub_original_links_to_none() -> None:
     card = model_card(a_report())
     assert "base_model" not in card
     assert "huggingface.co" not in card
+
+
+def test_stages_are_in_the_order_they_run_although_some_layers_leave_some_out() -> None:
+    stages = ["k-means", "joint codebooks", "refit"]
+    report = a_report({"k-means": 0.3, "refit": 0.1}, dict.fromkeys(stages, 0.2), {"refit": 0.1})
+    assert list(report.mean_losses) == stages

@@ -53,7 +53,8 @@ def test_generate_follows_the_settings(tiny_model: PreTrainedModel) -> None:
     prompt = torch.arange(3, 9)[None]
 
     def tokens(sampling: Sampling) -> list[int]:
-        sampling.seed_random()
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
         return tiny_model.generate(prompt, max_new_tokens=12, pad_token_id=0, **sampling.generate_arguments())[
             0
         ].tolist()

@@ -25,7 +25,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_hub_is_out_of_reach", lambda: True)
+    monkeypatch.setattr(source, "hub_is_out_of_reach", lambda: True)
 
 
 @pytest.mark.parametrize("model_id", ["gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct", "org/name.with.dots"])
@@ -123,12 +123,12 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyP
         raise socket.gaierror("no such name")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    assert source._hub_is_out_of_reach()
+    assert source.hub_is_out_of_reach()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
-    assert not source._hub_is_out_of_reach()
+    assert not source.hub_is_out_of_reach()
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert not source._hub_is_out_of_reach(), "the proxy resolves the hub's name, not this machine"
+    assert not source.hub_is_out_of_reach(), "the proxy resolves the hub's name, not this machine"
 
 
 def test_code_of_the_model_runs_only_when_asked_to(model_folder: Path) -> None:

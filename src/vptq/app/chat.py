@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vptq.app.models import LoadedModels
 from vptq.engine import Answer, Engine, QueueFullError
-from vptq.errors import ConfigError, VPTQError
-from vptq.generation import Finish, Sampling, chat_prompt, context_length, generate_text, text_prompt
+from vptq.errors import VPTQError
+from vptq.generation import Finish, chat_prompt, generate_text, text_prompt
+from vptq.sampling import Sampling
 
 # How often somebody who waits is told how things stand, in seconds.
 PATIENCE = 1.0
@@ -58,17 +57,17 @@ class Chat:
     async def _follow(self, answer: Answer, model: str) -> AsyncIterator[tuple[str, str]]:
         while not await answer.begins_within(PATIENCE):
             yield "", self._waiting(answer, model)
-        text, began = "", time.perf_counter()
+        text = ""
         async for piece in answer.pieces():
             text += piece
             yield text, "answering"
         if not text:
             yield "", "The model ended its answer without a word"
             return
-        seconds = time.perf_counter() - began
-        speed = f", {(answer.finish.tokens - 1) / seconds:.1f} tokens/s" if answer.finish.tokens > 1 else ""
-        cut = ", cut there" if answer.finish.reason == "length" else ""
-        yield text, f"{answer.finish.tokens} tokens{speed}{cut}"
+        finish = answer.finish
+        speed = f", {finish.tokens_per_second:.1f} tokens/s" if finish.tokens_per_second else ""
+        cut = ", cut there" if finish.reason == "length" else ""
+        yield text, f"{finish.tokens} tokens{speed}, first after {finish.first_token_seconds:.2f} s{cut}"
 
     def _waiting(self, answer: Answer, model: str) -> str:
         if ahead := self._engine.ahead_of(answer):
@@ -76,22 +75,17 @@ class Chat:
         return "Reading the question" if model in self._models else "Loading the model"
 
     def _generate(self, answer: Answer, model: str, turns: list[dict[str, str]], sampling: Sampling) -> Finish:
-        loaded, tokenizer = self._models.get(model)
+        loaded, tokenizer, cache = self._models.get(model)
         # Without a template the model only continues text, and knows no turns.
         prompt = (
             chat_prompt(tokenizer, turns) if tokenizer.chat_template else text_prompt(tokenizer, turns[-1]["content"])
         )
-        context = context_length(loaded, tokenizer)
-        if context is not None and prompt.shape[1] >= context:
-            raise ConfigError(f"the conversation has {prompt.shape[1]} tokens, the model's context {context}; clear it")
-        if context is not None:
-            room = context - prompt.shape[1]
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         return generate_text(
             *(loaded, tokenizer, prompt, sampling),
             on_text=answer.write,
             is_stopped=answer.is_stopped,
             on_token=answer.count_token,
+            cache=cache,
         )
 
 

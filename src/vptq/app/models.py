@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vptq.checkpoint import Checkpoint
+from vptq.download import download
 from vptq.errors import CheckpointError
+from vptq.generation import PrefixCache
 from vptq.model import AutoModelForCausalLM
+from vptq.progress import ProgressCallback, ignore
 from vptq.source import load_config, load_tokenizer, resolve_model
 from vptq.spec import QuantSpec
 
@@ -75,13 +78,12 @@ def known_choice(model: str) -> Choice:
         return Choice(model, name)
 
 
-def download(models: Iterable[str], token: str | None) -> threading.Thread:
+def download_all(models: Iterable[str], tell: ProgressCallback, token: str | None) -> threading.Thread:
     """Fetch models into the hub's cache, one after the other, in a thread that ends with the program."""
-    from huggingface_hub import snapshot_download
 
     def fetch() -> None:
         for model in models:
-            snapshot_download(model, token=token, ignore_patterns=["*.bin"])
+            download(model, tell, token)
 
     thread = threading.Thread(target=fetch, daemon=True, name="vptq-download")
     thread.start()
@@ -93,17 +95,19 @@ class LoadedModels:
 
     Args:
         token: For the hub.
+        tell: Told what is downloaded.
     """
 
-    def __init__(self, token: str | None = None) -> None:
+    def __init__(self, token: str | None = None, tell: ProgressCallback = ignore) -> None:
         self._token = token
-        self._loaded: OrderedDict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = OrderedDict()
+        self._tell = tell
+        self._loaded: OrderedDict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase, PrefixCache]] = OrderedDict()
 
     def __contains__(self, model: str) -> bool:
         return model in self._loaded
 
-    def get(self, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model and its tokenizer.
+    def get(self, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrefixCache]:
+        """A model, its tokenizer, and what it remembers of its last answer.
 
         Raises:
             VPTQError: It cannot be loaded.
@@ -111,8 +115,9 @@ class LoadedModels:
         if model not in self._loaded:
             while len(self._loaded) >= MOST_LOADED:
                 self._loaded.popitem(last=False)
+            download(model, self._tell, self._token)
             tokenizer = load_tokenizer(model, token=self._token)
             loaded = AutoModelForCausalLM.from_pretrained(model, device_map="auto", token=self._token)
-            self._loaded[model] = loaded, tokenizer
+            self._loaded[model] = loaded, tokenizer, PrefixCache()
         self._loaded.move_to_end(model)
         return self._loaded[model]

@@ -12,7 +12,7 @@ from vptq.app.chat import Chat
 from vptq.app.models import Choice
 from vptq.app.monitor import SECONDS, Monitor
 from vptq.engine import Engine
-from vptq.generation import Sampling
+from vptq.sampling import Sampling
 
 MOST_CHARACTERS = 20_000
 MOST_TOKENS = 4096

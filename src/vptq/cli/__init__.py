@@ -9,37 +9,42 @@ Exit status: 0; 1 for an error, told in one line; 2 for wrong usage; 130 when in
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
-from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, quantize, serve, webchat
+from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, push, quantize, serve, webchat
 from vptq.cli.console import print_error
+from vptq.cli.examples import epilog
 from vptq.errors import VPTQError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="vptq",
-    add_completion=False,
     # Rich's help panels cut long option names off, and its markup swallows what stands in brackets.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     # A traceback means a bug here; rich's version of it would hide the part to report among the local variables.
     pretty_exceptions_enable=False,
 )
-app.callback(invoke_without_command=True)(generate.generate)
-app.command("quantize")(quantize.quantize)
-app.command("plan")(plan.plan)
-app.command("finetune")(finetune.finetune)
-app.command("chat")(chat.chat)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("compare")(compare.compare)
-app.command("serve")(serve.serve)
-app.command("app")(webchat.webchat)
-app.command("info")(info.info)
-app.command("env")(env.env)
+app.callback(invoke_without_command=True, epilog=epilog(""))(generate.generate)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize.quantize,
+    "plan": plan.plan,
+    "finetune": finetune.finetune,
+    "chat": chat.chat,
+    "eval": evaluate.evaluate,
+    "bench": bench.bench,
+    "compare": compare.compare,
+    "serve": serve.serve,
+    "app": webchat.webchat,
+    "push": push.push,
+    "info": info.info,
+    "env": env.env,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=epilog(name))(command)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "vptq") -> None:

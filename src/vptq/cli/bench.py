@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vptq.cli.console import (
-    CountBars,
     check_json_file,
     facts,
     file_size,
@@ -18,6 +17,8 @@ from vptq.cli.console import (
     write_json_file,
 )
 from vptq.cli.options import DeviceOption, DtypeOption
+from vptq.cli.progress import Form, ProgressOption, QuietOption, view
+from vptq.progress import ProgressEvent
 
 if TYPE_CHECKING:
     from vptq.evaluate.throughput import Speed, Throughput
@@ -42,18 +43,16 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
+    progress: ProgressOption = Form.auto,
+    quiet: QuietOption = False,
 ) -> None:
-    """Measure speed and memory of generating text.
-
-    \b
-    vptq bench DIR --reference MODEL
-    vptq bench DIR --json DIR/bench.json    # where `vptq compare` looks for it
-    """
+    """Measure speed and memory of generating text."""
     check_json_file(json_file)
-    quiet_transformers()
-    from vptq.evaluate.throughput import measure_throughput
+    with view(progress, quiet) as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        from vptq.evaluate.throughput import measure_throughput
 
-    with CountBars() as bars:
         result = measure_throughput(
             model,
             reference,
@@ -64,7 +63,7 @@ def bench(
             device=device,
             dtype="auto" if dtype is None else dtype.value,
             codebook_form=codebook_form,
-            progress=bars.show,
+            progress=shown,
         )
     _print_result(result)
     if json_file is not None:

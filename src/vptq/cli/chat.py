@@ -7,7 +7,6 @@ the answers and nothing else, and Ctrl-C ends the program as it does everywhere.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vptq.cli.chat_commands import is_command, run_command
-from vptq.cli.console import file_size, messages, output, print_error, print_warning, quiet_transformers
+from vptq.cli.console import file_size, messages, output, print_error, print_warning
+from vptq.cli.loading import load
 from vptq.cli.options import DeviceOption, DtypeOption
 from vptq.errors import VPTQError
 
@@ -50,26 +50,11 @@ def chat(
     """Converse with a model, on the terminal or a pipe.
 
     Lines that begin with a slash are commands: /help lists them. An empty line ends it.
-
-    \b
-    vptq chat DIR --system "Answer in one sentence."
-    vptq chat DIR < questions.txt > answers.txt
     """
-    quiet_transformers()
+    loaded = load(model, tokenizer, device, "auto" if dtype is None else dtype.value, codebook_form)
     from vptq.conversation import Conversation
-    from vptq.model import AutoModelForCausalLM
-    from vptq.source import load_tokenizer
 
-    token = os.environ.get("HF_TOKEN") or None
-    loaded_tokenizer = load_tokenizer(tokenizer or model, token=token)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        *(model,),
-        device_map=device,
-        dtype="auto" if dtype is None else dtype.value,
-        token=token,
-        codebook_form=codebook_form,
-    )
-    converse(Conversation(loaded, loaded_tokenizer, system))
+    converse(Conversation(*loaded, system))
 
 
 def converse(conversation: Conversation) -> None:
@@ -169,13 +154,14 @@ def _status(answer: Answer, conversation: Conversation) -> str:
     from vptq.evaluate.memory import peak_memory_bytes
 
     of_context = "" if conversation.context is None else f" of {conversation.context:,}"
+    finish = answer.finish
     parts = [
-        *(["stopped"] if answer.stopped else []),
-        *(["cut at max_new_tokens or the end of the context"] if answer.cut else []),
-        f"{answer.tokens} tokens",
-        *([f"{answer.tokens_per_second:.1f} tokens/s"] if answer.tokens_per_second else []),
-        f"first after {answer.first_token_seconds:.2f} s",
-        f"context {answer.context_tokens:,}{of_context}",
+        *(["stopped"] if finish.reason == "given up" else []),
+        *(["cut at max_new_tokens or the end of the context"] if finish.reason == "length" else []),
+        f"{finish.tokens} tokens",
+        *([f"{finish.tokens_per_second:.1f} tokens/s"] if finish.tokens_per_second else []),
+        f"first after {finish.first_token_seconds:.2f} s",
+        f"context {finish.prompt_tokens + finish.tokens:,}{of_context}",
         f"memory {file_size(peak_memory_bytes(conversation.model.device))}",
     ]
     return " | ".join(parts)

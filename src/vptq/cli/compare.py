@@ -17,6 +17,7 @@ from vptq.cli.console import (
     write_file,
     write_json_file,
 )
+from vptq.cli.progress import waiting
 
 if TYPE_CHECKING:
     from vptq.evaluate.compare import Folder
@@ -29,23 +30,22 @@ def compare(
 ) -> None:
     """Show bits against perplexity, divergence and speed.
 
-    Figures are read from report.json, eval.json and bench.json in each folder; the last two are where these put them:
-
-    \b
-    vptq eval DIR --reference MODEL --json DIR/eval.json
-    vptq bench DIR --json DIR/bench.json
+    Figures are read from report.json, eval.json and bench.json in each folder; the last two are where `vptq eval` and
+    `vptq bench` put them with --json.
     """
     check_json_file(json_file)
     check_picture_file(picture, "--output")
-    from vptq.evaluate.compare import compare as read_folders
-    from vptq.evaluate.plot import draw_comparison
+    with waiting("reading"):
+        from vptq.evaluate.compare import compare as read_folders
+        from vptq.evaluate.plot import draw_comparison
 
-    found = read_folders(folders)
+        found = read_folders(folders)
+        png = draw_comparison(found)
     for folder in found:
         if folder.missing:
             print_warning(f"{folder.name}: {'; '.join(folder.missing)}")
     output().print(_table(found))
-    write_file(draw_comparison(found), picture, "--output")
+    write_file(png, picture, "--output")
     output().print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
     if json_file is not None:
         write_json_file({"folders": [folder.to_dict() for folder in found]}, json_file)

@@ -10,18 +10,12 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 
 from vptq.errors import ConfigError
-
-if TYPE_CHECKING:
-    from vptq.quantize.report import ProgressEvent
 
 
 def output() -> Console:
@@ -115,88 +109,15 @@ def file_size(count: float) -> str:
 
 
 def quiet_transformers() -> None:
-    """Silence the hints and loading bars of the libraries underneath; ours say what is going on. Downloads still show.
+    """Silence the hints and bars of the libraries underneath; ours say what is going on (`vptq.cli.progress`).
 
     To be called before torch is imported: tqdm, which comes with it, reads its environment variable only then.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    enable_progress_bars()
-
-
-class StageBars:
-    """Progress bars for a run in stages, with an estimate of the time left: a `ProgressCallback`.
-
-    Lines worth keeping are printed above the bars. Where standard error is no terminal, only those lines appear.
-    """
-
-    def __init__(self) -> None:
-        console = messages()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            # A plain average: layers differ in size in a pattern that repeats over minutes, not seconds.
-            TimeLeftColumn(compact=True),
-            TextColumn("left {task.fields[layer]}", style="dim"),
-            console=console,
-            disable=not console.is_terminal,
-            speed_estimate_period=3600,
-            transient=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> StageBars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, event: ProgressEvent) -> None:
-        """Show one event."""
-        if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._progress.add_task(event.stage, total=None, layer="")
-        self._progress.update(
-            self._tasks[event.stage],
-            completed=event.done,
-            total=event.total or None,
-            layer=event.layer or "",
-        )
-        if event.message:
-            self._progress.console.print(event.message, markup=False, soft_wrap=True)
-
-
-class CountBars(Progress):
-    """A bar for what is being measured, with an estimate of the time left."""
-
-    def __init__(self) -> None:
-        console = messages()
-        super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeLeftColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            speed_estimate_period=3600,  # a plain average: requests come longest first
-            transient=True,
-        )
-        self._what = "loading"
-        self._bar = self.add_task(self._what, total=None)
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Show how much of something is done; a total of 0 is one that is not known."""
-        if what != self._what:
-            self.remove_task(self._bar)
-            self._what, self._bar = what, self.add_task(what, total=None)
-        self.update(self._bar, completed=done, total=total or None)
+    disable_progress_bars()

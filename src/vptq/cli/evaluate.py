@@ -9,16 +9,16 @@ import typer
 from rich.table import Table
 
 from vptq.cli.console import (
-    CountBars,
     check_json_file,
     facts,
     output,
     plain_table,
-    print_warning,
     quiet_transformers,
     write_json_file,
 )
 from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
+from vptq.cli.progress import Form, ProgressOption, QuietOption, view
+from vptq.progress import ProgressEvent
 
 if TYPE_CHECKING:
     from vptq.evaluate import Estimate, Evaluation
@@ -59,21 +59,19 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
+    progress: ProgressOption = Form.auto,
+    quiet: QuietOption = False,
 ) -> None:
-    """Measure perplexity, divergence and zero-shot tasks.
-
-    \b
-    vptq eval DIR --reference MODEL --text wikitext2 --text mine.txt --windows 20
-    vptq eval DIR --reference MODEL --tasks hellaswag,piqa,arc_easy --limit 500
-    """
+    """Measure perplexity, divergence and zero-shot tasks."""
     check_json_file(json_file)
     task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not task_names:
         raise typer.BadParameter("it names no task", param_hint="--tasks")
-    quiet_transformers()
-    from vptq.evaluate import evaluate as evaluate_model
+    with view(progress, quiet) as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        from vptq.evaluate import evaluate as evaluate_model
 
-    with CountBars() as bars:
         result = evaluate_model(
             model,
             reference,
@@ -86,13 +84,13 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             dtype="auto" if dtype is None else dtype.value,
-            progress=bars.show,
+            progress=shown,
         )
-    for scores in result.texts:
-        if scores.seqlen < seqlen:
-            print_warning(
-                f"text {scores.text} has only {scores.seqlen} tokens, less than one window of {seqlen}; used those"
-            )
+        for scores in result.texts:
+            if scores.seqlen < seqlen:
+                shown.warn(
+                    f"text {scores.text} has only {scores.seqlen} tokens, less than one window of {seqlen}; used those"
+                )
     _print_result(result)
     if json_file is not None:
         write_json_file(result.to_dict(), json_file)

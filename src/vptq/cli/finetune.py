@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vptq.cli.console import StageBars, facts, output, quiet_transformers
+from vptq.cli.console import facts, output, quiet_transformers
 from vptq.cli.options import (
     CalibrationOption,
     DeviceOption,
@@ -20,6 +20,8 @@ from vptq.cli.options import (
     SequencesOption,
     check_start,
 )
+from vptq.cli.progress import Form, ProgressOption, QuietOption, view
+from vptq.progress import ProgressEvent
 
 
 def finetune(
@@ -34,18 +36,20 @@ def finetune(
     move_indices: MoveIndicesOption = 0.0,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
+    progress: ProgressOption = Form.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a folder's codebooks and norms towards its original.
 
-    For example: vptq finetune DIR MODEL -o OUT --calibration mine.txt. Scales are trained too; size stays, and so do
-    indices unless --move-indices says otherwise.
+    Scales are trained too; size stays, and so do indices unless --move-indices says otherwise.
     What does not bring the model nearer on text that was held out is thrown away.
     """
     check_start(overwrite, resume)
-    quiet_transformers()
-    from vptq.quantize.finetune_folder import finetune as finetune_folder
+    with view(progress, quiet) as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        from vptq.quantize.finetune_folder import finetune as finetune_folder
 
-    with StageBars() as bars:
         done = finetune_folder(
             folder,
             model,
@@ -58,7 +62,7 @@ def finetune(
             move_indices=move_indices,
             overwrite=overwrite,
             resume=resume,
-            progress=bars,
+            progress=shown,
         )
     minutes, seconds = divmod(round(done.seconds), 60)
     falls = f"{done.before:.4f} before, {done.after:.4f} after"

@@ -6,12 +6,13 @@ takes any model that transformers loads, quantized or not, which makes comparing
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vptq.cli.console import messages, quiet_transformers
+from vptq.cli.console import messages
+from vptq.cli.loading import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,15 +53,7 @@ def generate(
         return
     if not model:
         context.fail("Missing option '--model' (to generate text), or a command.")
-    quiet_transformers()
-    from vptq.model import AutoModelForCausalLM
-    from vptq.source import load_tokenizer
-
-    token = os.environ.get("HF_TOKEN") or None
-    loaded_tokenizer = load_tokenizer(tokenizer or model, token=token)
-    loaded_model = AutoModelForCausalLM.from_pretrained(
-        model, device_map="auto", token=token, codebook_form=codebook_form
-    )
+    loaded_model, loaded_tokenizer = load(model, tokenizer, codebook_form=codebook_form)
     if chat and not loaded_tokenizer.chat_template:
         messages().print("The tokenizer has no chat template: continuing --prompt instead.", style="yellow")
         chat = False
@@ -74,16 +67,16 @@ def generate(
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Stream a prompt and its continuation to standard output."""
-    from transformers import TextStreamer
+    """Stream a prompt and its continuation to standard output; sampled only where the model's own settings say so."""
+    from vptq.generation import generate_text, text_prompt
+    from vptq.sampling import Sampling
 
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generator: Any = model  # nn.Module.__getattr__ hides the mixin's method from the type checker
-    generator.generate(
-        **inputs,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        max_new_tokens=COMPLETION_TOKENS,
-        pad_token_id=pad,
-    )
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    config = model.generation_config
+    sampling = Sampling(COMPLETION_TOKENS, temperature=None if config is not None and config.do_sample else 0.0)
+    show(prompt)
+    generate_text(model, tokenizer, text_prompt(tokenizer, prompt), sampling, show, goes_on=True)
+    show("\n")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from vptq.cli.console import by_number, output, plain_table, write_file
+from vptq.cli.progress import waiting
 
 if TYPE_CHECKING:
-    from vptq.evaluate.indices import CodebookUse
+    from vptq.index_use import CodebookUse
 
 # Dead entries that a row lists by number.
 LISTED = 4
@@ -23,10 +24,11 @@ def show_index_use(folder: Path, picture: Path | None) -> None:
         CheckpointError: The folder is damaged.
         ConfigError: The picture cannot be written.
     """
-    from vptq.checkpoint import Checkpoint
-    from vptq.evaluate.indices import codebook_uses
+    with waiting("counting indices"):
+        from vptq.checkpoint import Checkpoint
+        from vptq.index_use import codebook_uses
 
-    uses = sorted(codebook_uses(Checkpoint.open(folder)), key=lambda use: by_number(use.layer))
+        uses = sorted(codebook_uses(Checkpoint.open(folder)), key=lambda use: by_number(use.layer))
     console = output()
     console.print(_table(uses))
     console.print()
@@ -38,9 +40,10 @@ def show_index_use(folder: Path, picture: Path | None) -> None:
         f"{len({use.layer for use in uses})} layers."
     )
     if picture is not None:
-        from vptq.evaluate.plot import draw_index_use
+        with waiting("drawing"):
+            from vptq.evaluate.plot import draw_index_use
 
-        png = draw_index_use(uses, f"How often centroids are used: {folder.resolve().name}")
+            png = draw_index_use(uses, f"How often centroids are used: {folder.resolve().name}")
         write_file(png, picture, "--picture")
         console.print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
 

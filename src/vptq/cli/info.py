@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vptq.cli.console import by_number, check_picture_file, facts, file_size, output, plain_table
+from vptq.cli.console import by_number, check_picture_file, facts, file_size, output, plain_table, print_warning
 from vptq.cli.index_use import show_index_use
+from vptq.cli.progress import waiting
 from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,12 +114,16 @@ def _parameters_in(name: str) -> float | None:
 
 
 def _show_folder(folder: Path, with_layers: bool) -> None:
-    from vptq.checkpoint import Checkpoint
-    from vptq.quantize.report import load_report
+    with waiting("reading"):
+        from vptq.checkpoint import Checkpoint
+        from vptq.naming import contradictions
+        from vptq.quantize.report import load_report
 
-    checkpoint = Checkpoint.open(folder)
-    layers = checkpoint.layers()
-    report = load_report(folder)
+        checkpoint = Checkpoint.open(folder)
+        layers = checkpoint.layers()
+        report = load_report(folder)
+    for line in contradictions(folder.resolve().name, layers):
+        print_warning(line)
     console = output()
     console.print(facts(_folder_facts(checkpoint, layers, report)))
     if with_layers:

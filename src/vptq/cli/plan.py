@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from vptq.cli.console import (
-    StageBars,
     check_json_file,
     facts,
     file_size,
@@ -36,6 +35,8 @@ from vptq.cli.options import (
     SizeOption,
     StoredDtypeOption,
 )
+from vptq.cli.progress import Form, ProgressOption, QuietOption, view
+from vptq.progress import ProgressEvent
 
 if TYPE_CHECKING:
     from vptq.quantize.plan import Plan, PlannedLayer
@@ -57,21 +58,23 @@ def plan(
     rotate: RotateOption = False,
     lm_head: HeadOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
+    progress: ProgressOption = Form.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Show which layers a budget would quantize how.
 
-    For example: vptq plan MODEL --bits 2.25. The same options make `vptq quantize` follow this plan; the measurement is
-    kept, so that it is made once.
+    The same options make `vptq quantize` follow this plan; the measurement is kept, so that it is made once.
     """
     if (bits is None) == (size is None):
         raise typer.BadParameter("give one of --bits and --size", param_hint="--bits")
     check_json_file(json_file)
-    quiet_transformers()
-    import torch
+    with view(progress, quiet) as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        import torch
 
-    from vptq.quantize.planner import plan as plan_model
+        from vptq.quantize.planner import plan as plan_model
 
-    with StageBars() as bars:
         made = plan_model(
             model,
             bits=bits,
@@ -87,7 +90,7 @@ def plan(
             absorb_perm=absorb_perm,
             rotate=rotate,
             lm_head=lm_head,
-            progress=bars,
+            progress=shown,
         )
     _print_plan(made)
     if json_file is not None:

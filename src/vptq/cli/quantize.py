@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vptq.cli.console import StageBars, facts, file_size, output, print_warning, quiet_transformers
+from vptq.cli.console import facts, file_size, output, quiet_transformers
 from vptq.cli.options import (
     AbsorbPermOption,
     BitsOption,
@@ -30,6 +30,8 @@ from vptq.cli.options import (
     WorkersOption,
     check_start,
 )
+from vptq.cli.progress import Form, ProgressOption, QuietOption, view
+from vptq.progress import ProgressEvent
 
 if TYPE_CHECKING:
     from vptq.quantize.report import Report
@@ -117,25 +119,24 @@ def quantize(
     workers: WorkersOption = 1,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
+    progress: ProgressOption = Form.auto,
+    quiet: QuietOption = False,
 ) -> None:
-    """Quantize a language model's linear layers.
-
-    For example: vptq quantize MODEL -o DIR --bits 2.25
-    """
+    """Quantize a language model's linear layers."""
     if [spec, bits, size].count(None) < 2:
         raise typer.BadParameter("give one of --spec, --bits and --size, not more", param_hint="--spec")
     check_start(overwrite, resume)
-    quiet_transformers()
-    import torch
+    with view(progress, quiet) as shown:
+        shown(ProgressEvent("starting"))
+        quiet_transformers()
+        import torch
 
-    from vptq.spec import QuantSpec
+        from vptq.quantize.pipeline import quantize as quantize_model
+        from vptq.spec import QuantSpec
 
-    chosen = None if spec is None else QuantSpec.parse(spec)
-    if chosen is None and bits is None and size is None:
-        chosen = _default_spec(model)
-    from vptq.quantize.pipeline import quantize as quantize_model
-
-    with StageBars() as bars:
+        chosen = None if spec is None else QuantSpec.parse(spec)
+        if chosen is None and bits is None and size is None:
+            chosen = _default_spec(model)
         report = quantize_model(
             model,
             output_dir,
@@ -161,8 +162,10 @@ def quantize(
             rotate=rotate,
             lm_head=lm_head,
             workers=workers,
-            progress=bars,
+            progress=shown,
         )
+        for warning in report.warnings:
+            shown.warn(warning)
     _print_summary(report, output_dir)
 
 
@@ -181,8 +184,6 @@ def _default_spec(model: str) -> QuantSpec:
 
 
 def _print_summary(report: Report, folder: Path) -> None:
-    for warning in report.warnings:
-        print_warning(warning)
     share = report.quantized_weights / report.total_weights
     minutes, seconds = divmod(round(report.seconds), 60)
     rows = {

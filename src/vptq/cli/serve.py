@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from vptq.cli.console import messages, print_warning, quiet_transformers
+from vptq.cli.loading import load
+from vptq.cli.progress import waiting
 from vptq.errors import ConfigError
 
 # Of models that state no limit of their own.
@@ -40,33 +41,22 @@ def serve(
         str, typer.Option("--codebook-form", help="int8 or exact, as without a command.", show_default=False)
     ] = "",
 ) -> None:
-    """Serve a model by OpenAI's protocol.
+    """Serve a model by OpenAI's protocol."""
+    with waiting("starting"):
+        quiet_transformers()
+        from vptq.generation import context_length
+        from vptq.source import resolve_model
 
-    \b
-    vptq serve DIR --name small --port 8000
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"model": "small", "messages": [{"role": "user", "content": "Hello!"}]}'
-    """
-    quiet_transformers()
-    from vptq.source import load_tokenizer, resolve_model
-
-    source = resolve_model(model)
-    try:
-        from vptq.serve.listen import GracefulServer, bind, is_loopback, url_of
-        from vptq.serve.server import Limits, ServedModel, Server
-    except ImportError as error:
-        raise ConfigError(f"vptq serve needs the package {error.name}: pip install 'vptq[serve]'") from error
-    from vptq.generation import context_length
-    from vptq.model import AutoModelForCausalLM
-
+        source = resolve_model(model)
+        try:
+            from vptq.serve.listen import GracefulServer, bind, is_loopback, url_of
+            from vptq.serve.server import Limits, ServedModel, Server
+        except ImportError as error:
+            raise ConfigError(f"vptq serve needs the package {error.name}: pip install 'vptq[serve]'") from error
     with bind(host, port) as listener:
         if not (is_loopback(listener) or api_key):
             print_warning(f"anybody who can reach {url_of(listener)} can use the model; --api-key asks them for a key")
-        token = os.environ.get("HF_TOKEN") or None
-        loaded_tokenizer = load_tokenizer(tokenizer or source, token=token)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, device_map="auto", token=token, codebook_form=codebook_form
-        )
+        loaded, loaded_tokenizer = load(model, tokenizer, codebook_form=codebook_form)
         stated = context_length(loaded, loaded_tokenizer)
         if context is not None and stated is not None and context > stated:
             raise ConfigError(f"--context is {context}; the model was made for at most {stated}")

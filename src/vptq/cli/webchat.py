@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vptq.cli.console import messages, quiet_transformers
+from vptq.cli.progress import Lines, waiting
 from vptq.errors import ConfigError
 
 # The published package's words for "yes" in an environment variable, and no others.
@@ -29,32 +30,30 @@ def webchat(
     """Chat with models in a browser.
 
     SHARE_LINK=1 makes a public link through Gradio's servers, DOWNLOAD_MODEL=1 fetches the published models beforehand.
-
-    \b
-    vptq app DIR OTHER_DIR --no-published
     """
     if not (models or published):
         raise ConfigError("there is no model to offer; name one, or leave --no-published out")
-    quiet_transformers()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from vptq.app.models import KNOWN_MODELS, LoadedModels, download, known_choice, local_choice
+    with waiting("starting"):
+        quiet_transformers()
+        from vptq.app.models import KNOWN_MODELS, LoadedModels, download_all, known_choice, local_choice
 
-    choices = [local_choice(model) for model in models or []]
-    choices += [known_choice(model) for model in KNOWN_MODELS] if published else []
-    try:
-        from vptq.app.launch import launch
-        from vptq.app.page import make_page
-    except ImportError as error:
-        raise ConfigError(f"vptq app needs the package {error.name}: pip install 'vptq[app]'") from error
-    from vptq.app.chat import Chat
-    from vptq.app.monitor import Monitor
-    from vptq.engine import Engine
+        choices = [local_choice(model) for model in models or []]
+        choices += [known_choice(model) for model in KNOWN_MODELS] if published else []
+        try:
+            from vptq.app.launch import launch
+            from vptq.app.page import make_page
+        except ImportError as error:
+            raise ConfigError(f"vptq app needs the package {error.name}: pip install 'vptq[app]'") from error
+        from vptq.app.chat import Chat
+        from vptq.app.monitor import Monitor
+        from vptq.engine import Engine
 
     token = os.environ.get("HF_TOKEN") or None
     if published and os.environ.get("DOWNLOAD_MODEL") in YES:
-        download(KNOWN_MODELS, token)
+        download_all(KNOWN_MODELS, Lines(), token)
     engine = Engine(queue)
-    page = make_page(choices, engine, Chat(engine, LoadedModels(token)), Monitor())
+    page = make_page(choices, engine, Chat(engine, LoadedModels(token, Lines())), Monitor())
     messages().print(f"the web chat is at http://{host}:{port}", markup=False, soft_wrap=True)
     try:
         launch(page, host, port, share=os.environ.get("SHARE_LINK") in YES)

@@ -17,23 +17,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vptq.errors import ConfigError
 from vptq.evaluate.results import Estimate, Evaluation, TaskScores, TextScores
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     ModelLike = str | Path | PreTrainedModel
-    # Called with (what is being measured, how much of it is done, how much there is): windows of a text, then requests.
-    Progress = Callable[[str, int, int], None]
 
 __all__ = ["Estimate", "Evaluation", "TaskScores", "TextScores", "evaluate"]
 
@@ -54,7 +52,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: torch.dtype | str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Measure a model's perplexity and zero-shot accuracy, beside the original's and its divergence from that if given.
 
@@ -72,7 +70,7 @@ def evaluate(
         tokenizer: The tokenizer to use; by default the model's, which needs a model given by name.
         device: Where to load models: "auto" (a GPU if there is one), or a torch device.
         dtype: Float dtype to load models in; "auto" is the one each is stored in.
-        progress: Called with (what is being measured, done, in total): windows of a text, or requests of all tasks.
+        progress: Told what is loaded, and about every window of a text and every request of the tasks.
 
     Raises:
         ConfigError: A model, text or task does not exist, a text is empty, or the models' vocabularies differ.
@@ -90,22 +88,29 @@ def evaluate(
         from vptq.source import load_tokenizer
 
         tokenizer = load_tokenizer(model)
+    tell = progress or ignore
     # Texts and tasks before models: they are the quicker to find missing.
-    tokens = [_read_windows(each, tokenizer, seqlen, windows) for each in texts]
+    tokens = []
+    for each in texts:
+        tell(ProgressEvent(f"reading {each}"))
+        tokens.append(_read_windows(each, tokenizer, seqlen, windows))
     if task_names:
         from vptq.evaluate.zero_shot import load_tasks, score_tasks
 
+        tell(ProgressEvent("reading tasks"))
         loaded_tasks = load_tasks(task_names, task_dir)
-    loaded = _load(model, device, dtype)
-    loaded_reference = None if reference is None else _load(reference, device, dtype)
+    loaded = _load(model, device, dtype, tell)
+    loaded_reference = None if reference is None else _load(reference, device, dtype, tell)
     start = time.perf_counter()
     text_scores = [
-        _score_text(each, part, loaded, loaded_reference, progress) for each, part in zip(texts, tokens, strict=True)
+        _score_text(each, part, loaded, loaded_reference, tell) for each, part in zip(texts, tokens, strict=True)
     ]
     task_scores: tuple[TaskScores, ...] = ()
     if task_names:
-        report = None if progress is None else partial(progress, "tasks")
-        task_scores = score_tasks(loaded_tasks, tokenizer, loaded, loaded_reference, limit, batch_size, report)
+        task_scores = score_tasks(
+            *(loaded_tasks, tokenizer, loaded, loaded_reference, limit, batch_size),
+            lambda done, total: tell(ProgressEvent("tasks", done, total)),
+        )
     return Evaluation(
         model=_name_of(model),
         reference=None if reference is None else _name_of(reference),
@@ -153,19 +158,23 @@ def _score_text(
     tokens: torch.Tensor,
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
-    progress: Progress | None,
+    tell: ProgressCallback,
 ) -> TextScores:
     from vptq.evaluate.perplexity import score_windows
 
-    report = None if progress is None else partial(progress, str(text))
-    scores = score_windows(model, tokens, reference, report)
+    scores = score_windows(model, tokens, reference, lambda done, total: tell(ProgressEvent(str(text), done, total)))
     return TextScores(text=str(text), windows=tokens.shape[0], seqlen=tokens.shape[1], **asdict(scores))
 
 
-def _load(model: ModelLike, device: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(model: ModelLike, device: str, dtype: torch.dtype | str, tell: ProgressCallback) -> PreTrainedModel:
+    from vptq.download import download
     from vptq.source import load_model
 
-    return load_model(model, dtype=dtype, device_map=device) if isinstance(model, str | Path) else model
+    if not isinstance(model, str | Path):
+        return model
+    download(model, tell)
+    tell(ProgressEvent(f"loading {model}"))
+    return load_model(model, dtype=dtype, device_map=device)
 
 
 def _name_of(model: ModelLike) -> str:

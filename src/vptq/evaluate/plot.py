@@ -24,7 +24,7 @@ from vptq.evaluate.compare import Folder, original_of
 from vptq.quantize.plot import COLORS, INK, MARKERS, METADATA
 
 if TYPE_CHECKING:
-    from vptq.evaluate.indices import CodebookUse
+    from vptq.index_use import CodebookUse
 
 # Use of an entry beside that of all alike: what is farther out has the color of the end.
 RANGE = (1 / 8, 8)
@@ -79,6 +79,9 @@ def _draw_points(axes: Axes, folders: Sequence[Folder], values: Sequence[float |
             axes.plot(
                 [folder.bits], [value], marker, label=folder.name, color=color, markersize=9, clip_on=False, mec="white"
             )
+            axes.annotate(
+                f"{value:.3g}", (folder.bits, value), (8, 4), textcoords="offset points", fontsize=8.5, color=INK
+            )
 
 
 def _style(axes: Axes, values: list[float], from_zero: bool) -> None:
@@ -114,14 +117,20 @@ def draw_index_use(uses: Sequence[CodebookUse], title: str) -> bytes:
     height = min(max(3.2, 1.6 + 0.16 * len(layers)), 11)
     figure = Figure(figsize=(3.5 + 4.2 * len(kinds), height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 * len(kinds), sharey=True, width_ratios=[4, 1] * len(kinds), squeeze=False)[0]
+    # Beside each ranking how many entries are dead, where any are.
+    widths = [4, 1] if any(use.dead for use in uses) else [4]
+    panels = figure.subplots(
+        *(1, len(widths) * len(kinds)), sharey=True, width_ratios=widths * len(kinds), squeeze=False
+    )[0]
     for index, kind in enumerate(kinds):
         rows = [found.get((layer, kind)) for layer in layers]
-        image = _draw_ranks(panels[2 * index], rows)
-        _draw_dead(panels[2 * index + 1], rows)
+        ranks, *beside = panels[len(widths) * index : len(widths) * (index + 1)]
+        image = _draw_ranks(ranks, rows)
+        for axes in beside:
+            _draw_dead(axes, rows)
         dead = sum(len(use.dead) for use in rows if use is not None)
         entries = sum(use.counts.numel() for use in rows if use is not None)
-        panels[2 * index].set_title(f"{kind} codebook: {dead:,} of {entries:,} entries dead", loc="left", fontsize=10)
+        ranks.set_title(f"{kind} codebook: {dead:,} of {entries:,} entries dead", loc="left", fontsize=10)
     _label_layers(panels, layers)
     bar = figure.colorbar(image, ax=panels, extend="both", pad=0.01, fraction=0.03)
     bar.set_ticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vptq.download import download
 from vptq.errors import ConfigError
 from vptq.evaluate.memory import peak_of_model
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.sampling import Sampling
 from vptq.streaming import TokenTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    # Called with (what is being done, how much of it is done, how much there is).
-    Progress = Callable[[str, int, int], None]
 
 TRIAD_BYTES = 1 << 28  # an array; last-level caches are smaller
 TRIAD_ROUNDS = 6
@@ -109,7 +108,7 @@ def measure_throughput(
     device: str = "auto",
     dtype: str = "auto",
     codebook_form: str = "",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Throughput:
     """Measure how fast a model generates, beside the original if given.
 
@@ -123,7 +122,7 @@ def measure_throughput(
         device: Where to load models: "auto" (a GPU if there is one), or a torch device.
         dtype: Name of the float type to load models in; "auto" is the one each is stored in.
         codebook_form: As for `vptq.AutoModelForCausalLM.from_pretrained`.
-        progress: Called with (what is being done, done, in total).
+        progress: Told what is loaded, and about every round.
 
     Raises:
         ConfigError: A setting is impossible, a model does not exist, or its context is too short for all these tokens.
@@ -131,20 +130,25 @@ def measure_throughput(
     """
     names = [model] if reference is None else [model, reference]
     _check_settings(names, prompt_tokens, new_tokens, rounds, threads)
-    report = progress or (lambda what, done, total: None)
+    tell = progress or ignore
+    for name in names:
+        download(name, tell)
     loading = {"device": device, "dtype": dtype, "codebook_form": codebook_form}
     with _threads(threads) as count:
         peaks: list[int] = []
         for name in names:
-            report("memory", len(peaks), len(names))
+            tell(ProgressEvent("measuring memory", len(peaks), len(names)))
             tokens = {"prompt_tokens": prompt_tokens, "new_tokens": MEMORY_TOKENS}
             peaks.append(peak_of_model(name, **tokens, threads=count, **loading))
-        report("loading", 0, 0)
-        models = [load(name, **loading) for name in names]
+        models = []
+        for name in names:
+            tell(ProgressEvent(f"loading {name}"))
+            models.append(load(name, **loading))
+        tell(ProgressEvent("measuring memory bandwidth"))
         bandwidth = memory_bandwidth(models[0].device)
         timed: list[list[Timing]] = [[] for _ in models]
         for round_number in range(rounds + 1):
-            report("rounds", round_number, rounds + 1)
+            tell(ProgressEvent("timing", round_number, rounds + 1))
             for timings, loaded in zip(timed, models, strict=True):
                 timings.append(generate_timed(loaded, prompt_tokens, new_tokens))
     speeds = [
@@ -179,19 +183,18 @@ def generate_timed(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) 
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     generator: Any = model  # nn.Module.__getattr__ hides the mixin's method from the type checker
-    clock = TokenTimes()
-    began = time.perf_counter()
+    times = TokenTimes()
     output = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        streamer=clock,
+        streamer=times,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=0,
         return_dict_in_generate=True,
         **Sampling(temperature=0.0).generate_arguments(),
     )
-    return Timing(clock.times[0] - began, clock.tokens_per_second, _cache_bytes(output.past_key_values))
+    return Timing(times.first_token_seconds, times.tokens_per_second, _cache_bytes(output.past_key_values))
 
 
 def weight_bytes_per_token(model: PreTrainedModel) -> int:

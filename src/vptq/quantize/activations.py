@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.hessian import HessianAccumulator
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
 
 TOKENS_PER_BATCH = 4096
@@ -76,7 +76,7 @@ class Activations:
 
         Args:
             stage: what this is for, in a word or two.
-            progress: told before every block.
+            progress: told before every block, and at the end.
         """
         blocks = len(self._skeleton.blocks)
         for index in range(blocks):
@@ -84,6 +84,7 @@ class Activations:
             self._skeleton.load_block(index, self._dtype)
             self.run_block(index, advance=True)
             self._skeleton.unload_block(index)
+        progress(ProgressEvent(stage, blocks, blocks))
 
     def run_block(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.activations import MAX_SEQUENTIAL_GROUPS, Activations, InputGroup
 from vptq.quantize.block_tuning import TunedBlock, tune_block
 from vptq.quantize.fisher import LossWeights
@@ -27,7 +28,7 @@ from vptq.quantize.layers import SolvedLayer, solve_layer
 from vptq.quantize.memory import return_freed_memory
 from vptq.quantize.paired import PairedActivations
 from vptq.quantize.parallel import map_layers
-from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent
+from vptq.quantize.report import LayerReport
 from vptq.quantize.skeleton import Skeleton
 from vptq.reference import dequantize
 
@@ -74,6 +75,8 @@ class BlockSolver:
     def finish_block(self, index: int) -> None:
         """Quantizes and stores block `index`, or takes it from an interrupted run; the activations advance past it."""
         job, workspace = self.job, self.job.workspace
+        path = f"{self.skeleton.blocks_name}.{index}"
+        self.progress(ProgressEvent("quantizing layers", self.layers_done, self.skeleton.num_linears, layer=path))
         self.skeleton.load_block(index, job.compute_dtype)
         if not workspace.has_block(index):
             solved, tuned = self._solve(index)
@@ -226,6 +229,6 @@ class BlockSolver:
     def _tell(self, layer: SolvedLayer) -> None:
         self.warnings += layer.warnings
         self.layers_done += 1
-        line = f"{layer.report.name}  loss {layer.report.loss:.3%}  {layer.config.bits_per_weight:.2f} bits"
-        total = self.skeleton.num_linears
-        self.progress(ProgressEvent("quantizing layers", self.layers_done, total, line, layer.report.name))
+        report, total = layer.report, self.skeleton.num_linears
+        line = f"{report.name}  loss {report.loss:.3%}  {layer.config.bits_per_weight:.2f} bits"
+        self.progress(ProgressEvent("quantizing layers", self.layers_done, total, line, report.name, report.loss))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vptq.errors import CalibrationError, ConfigError
-from vptq.quantize.report import ProgressCallback
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.text import token_windows
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_calibration(
         seqlen: Tokens per sequence.
         seed: Of the sampling. Text is always read from its beginning.
         model_loader: Gives the original model; called for "self" only, which drops it when done.
-        progress: Told about every few steps of sampling.
+        progress: Told what is loaded, and about every few steps of sampling.
 
     Raises:
         CalibrationError: The text is empty, or the model's distribution is not finite.
@@ -67,15 +67,18 @@ def load_calibration(
         raise ConfigError(f"sequences is {sequences}; at least 1 is needed")
     if seqlen < 2:
         raise ConfigError(f"seqlen is {seqlen}; at least 2 is needed")
+    tell = progress or ignore
     if str(source) == SELF:
         from vptq.quantize.sampling import sample_sequences
 
+        tell(ProgressEvent("loading the original"))
         model = model_loader()
         start = _start_token(model, tokenizer)
         tokens = sample_sequences(model, start, sequences, seqlen, seed, progress=progress)
         return Calibration(tokens, f"{sequences} x {seqlen} tokens sampled from the model itself (seed {seed})")
     if tokenizer is None:
         raise ConfigError(f"calibration text {source} needs a tokenizer, and the model has none; use calibration=self")
+    tell(ProgressEvent("reading calibration text"))
     tokens = token_windows(source, tokenizer, seqlen, sequences, purpose="calibration")
     if tokens.shape[0] == 0:
         raise CalibrationError(f"calibration text {source} is empty; give a longer text, or use calibration=self")

@@ -1,7 +1,7 @@
 """README.md of a quantized folder: what it is, what it was made from and how, what it measures, how to load it.
 
-The card is derived from the report, so it says nothing the report does not know. The license is the original model's to
-state: the card names the original and leaves the license to it.
+The card is derived from the report, so it says nothing the report does not know. The license is the original's:
+`vptq push` asks the hub for its name, and a card without one names the original and leaves the license to it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,30 @@ HESSIANS_OF = {
 }
 
 
-def model_card(report: Report, base_model: str | None = None, measured: Mapping[str, str] | None = None) -> str:
+def model_card(
+    report: Report,
+    base_model: str | None = None,
+    measured: Mapping[str, str] | None = None,
+    license: str = "",
+    bits_per_weight: float | None = None,
+) -> str:
     """Write the card of a quantized model.
 
     Args:
         report: The run that made it.
         base_model: Hub id of the original; None when it has none that a reader could follow.
         measured: Further figures, what -> how much, such as {"perplexity (wikitext2)": "23.1"}.
+        license: Name of the original's license on the hub, such as "apache-2.0"; empty where it is not known.
+        bits_per_weight: As counted from the tensors; None for what the report says.
 
     Returns:
         Markdown with the hub's front matter.
     """
+    bits = report.bits_per_weight if bits_per_weight is None else bits_per_weight
     sections = [
-        _front_matter(base_model),
-        f"# {report.model}, {report.bits_per_weight:.2f} bits per weight\n",
-        _introduction(report, base_model),
+        _front_matter(base_model, license),
+        f"# {report.model}, {bits:.2f} bits per weight\n",
+        _introduction(report, base_model, license, bits),
         _how_made(report),
         _figures(report, measured or {}),
         _how_to_load(),
@@ -61,20 +70,21 @@ def save_card(
         raise CheckpointError(f"cannot write the model card to {folder}: {error.strerror}") from error
 
 
-def _front_matter(base_model: str | None) -> str:
+def _front_matter(base_model: str | None, license: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- vptq", "- quantized"]
     if base_model is not None:
         lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
+    lines += [f"license: {license}"] if license else []
     return "\n".join([*lines, "---", ""])
 
 
-def _introduction(report: Report, base_model: str | None) -> str:
+def _introduction(report: Report, base_model: str | None, license: str, bits: float) -> str:
     original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else report.model
     what = "linear layers and its output head" if report.lm_head else "linear layers"
     return (
         f"{original} with its {what} quantized by vector post-training quantization (VPTQ) to "
-        f"**{report.bits_per_weight:.3f} bits per weight**: every stored bit of those layers, codebooks and scales "
-        "included, over their weights. The license is that of the original.\n"
+        f"**{bits:.3f} bits per weight**: every stored bit of those layers, codebooks and scales "
+        f"included, over their weights. The license is that of the original{f', {license}' if license else ''}.\n"
     )
 
 
@@ -88,7 +98,10 @@ def _how_made(report: Report) -> str:
         **({"rotations": "of the residual stream and the heads, folded into the weights"} if report.rotated else {}),
         "seed": str(report.seed),
     }
-    return "## How it was made\n\n" + _table(rows)
+    again = (
+        f"\nThe same again, from the same model and text:\n\n```sh\n{report.command}\n```\n" if report.command else ""
+    )
+    return "## How it was made\n\n" + _table(rows) + (again if report.command else "")
 
 
 def _planned(report: Report) -> dict[str, str]:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from vptq.checkpoint import Checkpoint, save_tensors, staged_folder
 from vptq.errors import CalibrationError, VPTQError
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.activations import Activations
 from vptq.quantize.index_moves import differing
 from vptq.quantize.move_turns import MoveTurns
 from vptq.quantize.original import compute_dtype
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.student import Student
 from vptq.quantize.training import Trainer, TrainingConfig
@@ -112,6 +112,7 @@ class Finetuning:
                 "sequences; give a longer --calibration text, or a smaller --seqlen"
             )
         self._make_targets()
+        self.progress(ProgressEvent("loading the quantized model"))
         student = Student(self.folder, self.device, self.skeleton)
         steps = max(1, sequences * self.config.epochs // self.config.batch)
         turns = MoveTurns(student, self.move_indices, min(steps, self.config.checks)) if self.move_indices else None
@@ -142,8 +143,7 @@ class Finetuning:
                 self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line))
                 return
             trainer.advance()
-            message = f"step {trainer.step}: KL {loss:.4f}"
-            self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, layer=message))
+            self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, layer=f"KL {loss:.4f}", loss=loss))
             if trainer.check_is_due():
                 if turns:
                     self._end_turn(student, trainer, turns)
@@ -175,7 +175,7 @@ class Finetuning:
         loss = trainer.check(lambda: sum(self._divergence(student, i) for i in held) / self.held_out)
         trainer.save(self.work / "training")
         line = f"step {trainer.step}: KL on held-out text {loss:.5f}"
-        self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line))
+        self.progress(ProgressEvent(STAGE, trainer.step, trainer.steps, message=line, loss=loss))
         return loss
 
     def _divergence(self, student: Student, number: int, *, gradients: bool = False) -> float:

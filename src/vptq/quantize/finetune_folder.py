@@ -17,13 +17,16 @@ from torch import Tensor
 
 from vptq.checkpoint import Checkpoint, save_tensors, staged_folder, write_json
 from vptq.errors import ConfigError
+from vptq.index_use import codebook_uses
 from vptq.linear import VQuantLinear
 from vptq.packing import change_carrier
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.card import save_card
 from vptq.quantize.finetune import FinetuneReport, Finetuning, held_out_for
 from vptq.quantize.original import Original, compute_dtype
-from vptq.quantize.report import ProgressCallback, load_report, save_report
+from vptq.quantize.recipe import finetune_command, text_options
+from vptq.quantize.report import load_report, save_report
 from vptq.quantize.setup import check_output, check_share, check_text_size, checked_calibration, checked_device
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.training import TrainingConfig
@@ -71,7 +74,7 @@ def finetune(
     Raises:
         VPTQError: one of its kinds, with one line that says what to do.
     """
-    folder, output, tell = Path(folder), Path(output_dir), progress or (lambda event: None)
+    folder, output, tell = Path(folder), Path(output_dir), progress or ignore
     check_output(output, overwrite=overwrite, resume=resume)
     check_text_size(sequences, seqlen)
     check_share(move_indices)
@@ -96,7 +99,7 @@ def finetune(
         return made.tokens, {"description": made.description}
 
     try:
-        skeleton = teacher.open_skeleton()
+        skeleton = teacher.open_skeleton(tell)
         _check_same_head(folder, skeleton)
         tokens, _ = workspace.tokens(make)
         run = Finetuning(
@@ -108,7 +111,9 @@ def finetune(
         if not workspace.resumed:
             workspace.remove()  # the same input would fail again
         raise
-    _write(folder, output, trained, done, base_model=teacher.base_model, overwrite=overwrite)
+    tell(ProgressEvent("writing the folder"))
+    command = finetune_command(source, text_options(text, sequences, seqlen, seed), move_indices)
+    _write(folder, output, trained, done, command, base_model=teacher.base_model, overwrite=overwrite)
     workspace.remove()
     return done
 
@@ -154,6 +159,7 @@ def _write(
     output: Path,
     trained: Mapping[str, Tensor],
     done: FinetuneReport,
+    command: str,
     *,
     base_model: str | None,
     overwrite: bool,
@@ -169,7 +175,8 @@ def _write(
         report = load_report(folder)
         if report is not None:
             report.finetuning = dataclasses.asdict(done)
-            save_report(report, staging)
+            report.command = "\n".join(filter(None, (report.command, command)))
+            save_report(report, staging, codebook_uses(Checkpoint.open(staging)))
             save_card(report, staging, base_model)
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.activations import Activations
 from vptq.quantize.head import logits_of, loss_in_slices
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton
 
 LARGEST_WEIGHT = 100.0
@@ -96,6 +96,7 @@ def loss_weights(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype, progres
     portions = tokens.split(max(1, KEPT_BYTES // size))  # type: ignore[no-untyped-call]
     found = LossWeights()
     seen: dict[str, list[Tensor]] = {}
+    progress(ProgressEvent("weighing by the loss", 0, len(portions) * len(skeleton.blocks)))
     for number, portion in enumerate(portions):
         for index, squares in _backward(skeleton, portion, dtype):
             for path, (rows, by_token) in squares.items():

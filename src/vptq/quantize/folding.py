@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from vptq.errors import ConfigError
+from vptq.progress import ProgressCallback
 from vptq.quantize.activations import Activations
-from vptq.quantize.report import ProgressCallback
 from vptq.quantize.rotation import Rotation
 from vptq.quantize.skeleton import Skeleton, find_blocks
 from vptq.quantize.weights import Tensors

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import ConfigError
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.quantize.budget import Budget
 from vptq.quantize.calibration import Calibration, load_calibration
 from vptq.quantize.candidates import Candidate, candidates_for
@@ -23,7 +24,6 @@ from vptq.quantize.finetune import held_out_for
 from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
 from vptq.quantize.hessian import find_hessian
 from vptq.quantize.original import Original
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
@@ -139,11 +139,11 @@ class Job:
         config.tie_word_embeddings = False
         return self.original.empty_model(config)
 
-    def open_skeleton(self) -> Skeleton:
+    def open_skeleton(self, progress: ProgressCallback = ignore) -> Skeleton:
         """The original, one block in memory at a time; one that cannot be rotated is refused before it is fetched."""
         if self.rotate:
             check_layout(self.original.empty_model())
-        return self.original.open_skeleton()
+        return self.original.open_skeleton(progress)
 
     def fold_rotations(self, original: Skeleton, progress: ProgressCallback) -> tuple[Skeleton, list[str]]:
         """The model to quantize and what to warn of: with rotations folded into its weights, proved to compute the

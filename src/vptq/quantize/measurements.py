@@ -15,9 +15,9 @@ from typing import Any
 
 from vptq.checkpoint import write_json
 from vptq.errors import CheckpointError
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.candidates import GAUSSIAN_LOSS
 from vptq.quantize.job import Job
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.sensitivity import (
     JUDGED_TOKENS,
     QUICK,

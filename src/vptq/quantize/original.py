@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vptq.download import download
 from vptq.errors import CheckpointError, ConfigError, VPTQError
+from vptq.progress import ProgressCallback, ProgressEvent, ignore
 from vptq.quantize.memory import device_memory_bytes
 from vptq.quantize.skeleton import Skeleton
 from vptq.quantize.weights import WeightFiles, covers, spill
@@ -79,8 +81,11 @@ class Original:
         """The modules of the model, or of one with this config; see the function of this name."""
         return empty_model(self.config if config is None else config, self.compute_dtype, self.device)
 
-    def open_skeleton(self) -> Skeleton:
-        """The model's modules on the meta device and its weights as files, converted first where that is needed."""
+    def open_skeleton(self, progress: ProgressCallback = ignore) -> Skeleton:
+        """The model's modules on the meta device and its weights as files, fetched and converted where need be."""
+        if self.source is not None:
+            download(self.source, progress)
+        progress(ProgressEvent("opening the original"))
         empty = self.empty_model()
         if self.spilled.is_dir():
             return Skeleton(empty, WeightFiles(self.spilled), self.device)

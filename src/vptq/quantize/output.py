@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vptq.checkpoint import save_tensors, staged_folder
+from vptq.checkpoint import Checkpoint, save_tensors, staged_folder
 from vptq.config import LayerConfig, QuantConfig
+from vptq.index_use import codebook_uses
 from vptq.quantize.card import save_card
 from vptq.quantize.job import Job
 from vptq.quantize.report import Report, save_report
@@ -43,7 +44,7 @@ def write_output(
         for extra in (job.original.tokenizer(), job.original.generation_config()):
             if extra is not None:
                 extra.save_pretrained(staging)
-        save_report(report, staging)
+        save_report(report, staging, codebook_uses(Checkpoint.open(staging)))
         save_card(report, staging, job.original.base_model)
 
 

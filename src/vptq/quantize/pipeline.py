@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig
 from vptq.errors import CalibrationError, ConfigError, VPTQError
+from vptq.progress import ProgressCallback, ProgressEvent, StageTimes, ignore
 from vptq.quantize.blocks import BlockSolver
 from vptq.quantize.budget import Budget
 from vptq.quantize.finetune import Finetuning
@@ -28,7 +29,8 @@ from vptq.quantize.lm_head import check_head, check_runs, solve_head
 from vptq.quantize.memory import keep_large_tensors_out_of_the_heap, peak_memory_bytes
 from vptq.quantize.output import unquantized, write_output
 from vptq.quantize.planner import check_budget, follow_plan
-from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent, Report
+from vptq.quantize.recipe import quantize_command
+from vptq.quantize.report import LayerReport, Report
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.weights import tied_weights
@@ -123,7 +125,7 @@ def quantize(
     job.enter_workspace()
     try:
         with job.workers:
-            report = _run(job, progress or (lambda event: None), started)
+            report = _run(job, StageTimes(progress or ignore), started)
     except (CalibrationError, ConfigError):
         job.leave_workspace()  # the same input would fail again
         raise
@@ -135,8 +137,8 @@ def quantize(
     return report
 
 
-def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
-    original = job.open_skeleton()
+def _run(job: Job, progress: StageTimes, started: float) -> Report:
+    original = job.open_skeleton(progress)
     job.check_weights(original, progress)
     skeleton, warnings = job.fold_rotations(original, progress)
     plan = follow_plan(job, skeleton, progress)
@@ -166,12 +168,15 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         rotated=job.rotate,
         budget="" if plan is None else plan.budget,
         lm_head="" if job.lm_head is None else job.spec_of(head_of(skeleton.model)[0]).name,
+        command=quantize_command(job),
     )
     errors = [job.workspace.block_errors(index) for index in range(len(skeleton.blocks))]
     report.block_finetuning = [pair for pair in errors if pair is not None]
+    trained: dict[str, Tensor] | None = None
     if job.trains_end_to_end:
         untrained = job.workspace.folder / "quantized"
         if not untrained.is_dir():
+            progress(ProgressEvent("writing the untrained model"))
             write_output(job, untrained, skeleton, configs, report)
         training = Finetuning(
             untrained, skeleton, text.tokens, text.held_out, job.workspace.folder, job.dtype, job.device, job.seed,
@@ -179,10 +184,10 @@ def _run(job: Job, progress: ProgressCallback, started: float) -> Report:
         )  # fmt: skip
         done, trained = training.run()
         report.finetuning = asdict(done)
-        report.seconds, report.peak_memory_bytes = time.monotonic() - started, peak_memory_bytes()
-        write_output(job, job.output, skeleton, configs, report, trained)
-    else:
-        write_output(job, job.output, skeleton, configs, report)
+    progress(ProgressEvent("writing the folder"))
+    report.stage_seconds = dict(progress.seconds)
+    report.seconds, report.peak_memory_bytes = time.monotonic() - started, peak_memory_bytes()
+    write_output(job, job.output, skeleton, configs, report, trained)
     return report
 
 
@@ -198,7 +203,7 @@ class _Text:
 def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _Text:
     """Raises CalibrationError where the text is too short to hold some of it out."""
     if job.hessian_dir is not None and not job.trains_end_to_end:
-        return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir}")
+        return _Text(torch.empty(0, 0, dtype=torch.int64), 0, f"Hessian files of {job.hessian_dir.name}")
     tokens, facts = job.calibration_tokens(progress)
     warnings += [facts["warning"]] if facts["warning"] else []
     needed = 3 if job.move_indices else 2
@@ -208,7 +213,7 @@ def _calibration(job: Job, progress: ProgressCallback, warnings: list[str]) -> _
             f"there are only {len(tokens)}; give a longer --calibration text, or a smaller --seqlen"
         )
     held_out = min(job.held_out, len(tokens) // 2)
-    description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir}"
+    description = facts["description"] if job.hessian_dir is None else f"Hessian files of {job.hessian_dir.name}"
     return _Text(tokens, held_out, description)
 
 

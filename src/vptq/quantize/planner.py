@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from vptq.errors import ConfigError
+from vptq.progress import ProgressCallback, ignore
 from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
 from vptq.quantize.lm_head import check_head
 from vptq.quantize.measurements import sensitivities
 from vptq.quantize.plan import Choices, Plan
-from vptq.quantize.report import ProgressCallback
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton
 
@@ -78,8 +78,8 @@ def plan(
         check_head(job)
         check_budget(job)
         job.enter_workspace()
-        tell = progress or (lambda event: None)
-        skeleton, _ = job.fold_rotations(job.open_skeleton(), tell)
+        tell = progress or ignore
+        skeleton, _ = job.fold_rotations(job.open_skeleton(tell), tell)
         return _make(job, skeleton, tell)
 
 

@@ -1,46 +1,27 @@
-"""What a quantization run says: events while it runs, and a report when it is done.
+"""What a quantization run says when it is done: the whole outcome as plain data.
 
-The library prints nothing. `ProgressEvent` is what it tells a caller who wants to watch; `Report` is the whole outcome
-as plain data, saved as report.json (for programs, resume and model cards) and report.png (for eyes: a layer that went
-wrong stands out of its kind's curve at once).
+It is saved as report.json (for programs, resume and model cards), as report.png (for eyes: a layer that went wrong
+stands out of its kind's curve at once) and as report.html (the same with tables, in any browser).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vptq.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from vptq.index_use import CodebookUse
+
 JSON_NAME = "report.json"
 PLOT_NAME = "report.png"
+PAGE_NAME = "report.html"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """One step of a run.
-
-    Attributes:
-        stage: What is being done, such as "sampling calibration text" or "quantizing"; a new name begins a new bar.
-        done: Steps of the stage that are finished; may be any unit as long as `total` has the same.
-        total: Steps of the whole stage; 0 when that is not known.
-        message: A finished line worth keeping on the screen (one layer's loss, a warning), or empty.
-        layer: Path of the layer or block being worked on, if any.
-    """
-
-    stage: str
-    done: int
-    total: int
-    message: str = ""
-    layer: str | None = None
-
-
-ProgressCallback = Callable[[ProgressEvent], None]
 
 
 @dataclass(frozen=True)
@@ -99,6 +80,8 @@ class Report:
         rotated: Whether rotations were folded into the weights before.
         budget: What each layer's spec was chosen for, such as "2.25 bits"; empty where all have the same.
         lm_head: Name of the output head's spec; empty where the head stayed as it was.
+        command: The command lines that repeat it; empty for a model in memory, and where this was not noted yet.
+        stage_seconds: Time of each stage of the run, in their order; of a resumed run since it went on.
     """
 
     model: str
@@ -120,6 +103,8 @@ class Report:
     rotated: bool = False
     budget: str = ""
     lm_head: str = ""
+    command: str = ""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:
@@ -128,9 +113,10 @@ class Report:
 
     @property
     def mean_losses(self) -> dict[str, float]:
-        """Mean proxy loss after each stage, over the layers that went through it."""
+        """Mean proxy loss after each stage, over the layers that went through it; in the order they run."""
         stages: dict[str, list[float]] = {}
-        for layer in self.layers:
+        # A layer without residual leaves stages out: only one with all of them knows where those belong.
+        for layer in sorted(self.layers, key=lambda layer: -len(layer.losses)):
             for stage, loss in layer.losses.items():
                 stages.setdefault(stage, []).append(loss)
         return {stage: _mean(losses) for stage, losses in stages.items()}
@@ -158,18 +144,22 @@ class Report:
             raise CheckpointError(f"not a quantization report: {error}") from error
 
 
-def save_report(report: Report, folder: Path) -> None:
-    """Write report.json and, where matplotlib is installed, report.png.
+def save_report(report: Report, folder: Path, uses: Iterable[CodebookUse] = ()) -> None:
+    """Write report.json, report.html and, where matplotlib is installed, report.png.
 
     Args:
         report: What to write.
         folder: An existing folder.
+        uses: How often its centroids are used, for the page.
 
     Raises:
         CheckpointError: The folder cannot be written to.
     """
+    from vptq.quantize.page import report_page
+
     try:
         _write_then_rename(folder / JSON_NAME, report.to_json().encode())
+        _write_then_rename(folder / PAGE_NAME, report_page(report, uses).encode())
         plot = _plot(report)
         if plot is not None:
             _write_then_rename(folder / PLOT_NAME, plot)

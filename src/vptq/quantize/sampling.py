@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vptq.errors import CalibrationError
-from vptq.quantize.report import ProgressCallback, ProgressEvent
+from vptq.progress import ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from vptq.errors import CalibrationError, VPTQError
+from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.activations import Activations
 from vptq.quantize.candidates import reference_of
 from vptq.quantize.head import divergence_of
 from vptq.quantize.hessian import HessianAccumulator, Moments
 from vptq.quantize.job import Job
 from vptq.quantize.parallel import map_layers
-from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton, head_of, linears_of
 from vptq.quantize.solver import SolverConfig
 from vptq.reference import dequantize
@@ -92,11 +92,13 @@ def measure(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> list[Se
         CalibrationError: The model's predictions are not finite.
     """
     judged, rest = measuring_tokens(job, skeleton, progress)
+    progress(ProgressEvent("measuring layers", 0, len(skeleton.blocks)))
     walk = _Walk(job, skeleton, judged, rest)
     units = alike_layers(skeleton.blocks, skeleton.blocks_name)
     for index, block_units in enumerate(units):
         progress(ProgressEvent("measuring layers", index, len(units)))
         walk.through_block(index, block_units)
+    progress(ProgressEvent("judging predictions", 0, len(walk.disturbed)))
     divergences = []
     for divergence in walk.divergences(judged):
         divergences.append(divergence)

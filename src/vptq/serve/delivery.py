@@ -49,10 +49,10 @@ class EventStream(StreamingResponse):
     Starlette cancels the stream when the client goes away, perhaps before its first event; the answer stops with it.
     """
 
-    def __init__(self, answer: Answer, reply: Reply, prompt_tokens: int, with_usage: bool) -> None:
+    def __init__(self, answer: Answer, reply: Reply, with_usage: bool) -> None:
         # A proxy in between must neither keep events nor collect them.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _events(answer, reply, prompt_tokens, with_usage)
+        events = _events(answer, reply, with_usage)
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._answer = answer
 
@@ -64,7 +64,7 @@ class EventStream(StreamingResponse):
             self._answer.stop()
 
 
-async def _events(answer: Answer, reply: Reply, prompt_tokens: int, with_usage: bool) -> AsyncIterator[str]:
+async def _events(answer: Answer, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
     if first := reply.first_event():
         yield first
     try:
@@ -79,7 +79,7 @@ async def _events(answer: Answer, reply: Reply, prompt_tokens: int, with_usage: 
         return
     yield reply.finish_event(answer.finish)
     if with_usage:
-        yield reply.usage_event(prompt_tokens, answer.finish)
+        yield reply.usage_event(answer.finish)
     yield STREAM_END
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vptq.generation import Sampling
+from vptq.sampling import Sampling
 
 MAX_STOPS = 4
 # What a request gets without saying: OpenAI's figure for completions. A chat may go on to the end of the context.
@@ -121,8 +121,7 @@ class GenerationRequest(BaseModel):
             max_new_tokens=room if wanted is None else min(wanted, room),
             temperature=self.temperature,
             top_p=self.top_p,
-            seed=self.seed,
-            stop=tuple(self.stop or ()),
+            seed=None if self.seed is None else self.seed % 2**63,
         )
 
 

@@ -13,12 +13,12 @@ from vptq.generation import Finish
 STREAM_END = "data: [DONE]\n\n"
 
 
-def usage(prompt_tokens: int, finish: Finish) -> dict[str, int]:
+def usage(finish: Finish) -> dict[str, int]:
     """Token counts of a request."""
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": finish.prompt_tokens,
         "completion_tokens": finish.tokens,
-        "total_tokens": prompt_tokens + finish.tokens,
+        "total_tokens": finish.prompt_tokens + finish.tokens,
     }
 
 
@@ -41,10 +41,10 @@ class Reply:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._with_usage = with_usage
 
-    def whole(self, text: str, prompt_tokens: int, finish: Finish) -> dict[str, Any]:
+    def whole(self, text: str, finish: Finish) -> dict[str, Any]:
         """The answer in one piece."""
         choice = {"index": 0, **self._whole_content(text), "logprobs": None, "finish_reason": finish.reason}
-        return {"object": self.whole_object, **self._head, "choices": [choice], "usage": usage(prompt_tokens, finish)}
+        return {"object": self.whole_object, **self._head, "choices": [choice], "usage": usage(finish)}
 
     def first_event(self) -> str:
         """What a stream begins with, before the model has said anything; may be nothing."""
@@ -58,10 +58,9 @@ class Reply:
         """How the answer ended."""
         return self._event(self._piece(""), finish.reason)
 
-    def usage_event(self, prompt_tokens: int, finish: Finish) -> str:
+    def usage_event(self, finish: Finish) -> str:
         """Token counts, in an event without a choice."""
-        counts = usage(prompt_tokens, finish)
-        return event({"object": self.event_object, **self._head, "choices": [], "usage": counts})
+        return event({"object": self.event_object, **self._head, "choices": [], "usage": usage(finish)})
 
     def _event(self, content: Mapping[str, Any], reason: str | None) -> str:
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}

@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from vptq.engine import Answer, Engine, QueueFullError
 from vptq.errors import ConfigError
-from vptq.generation import Finish, Sampling, chat_prompt, generate_text, text_prompt
+from vptq.generation import Finish, chat_prompt, generate_text, text_prompt
 from vptq.serve.delivery import EventStream, whole_text
 from vptq.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, parse
 from vptq.serve.replies import CompletionReply, Reply
@@ -189,24 +189,25 @@ class Server:
         return prompt
 
     async def _answer(self, request: Request, wanted: GenerationRequest, prompt: Tensor, reply: Reply) -> Response:
-        tokens = prompt.shape[1]
-        sampling = wanted.sampling(self._served.context - tokens)
         try:
-            answer = self._engine.submit(lambda answer: self._generate(answer, prompt, sampling))
+            answer = self._engine.submit(lambda answer: self._generate(answer, prompt, wanted))
         except QueueFullError:
             message = f"{self._limits.queue} requests are waiting already; try again later"
             raise ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded") from None
         if wanted.stream:
-            return EventStream(answer, reply, tokens, wanted.wants_usage)
+            return EventStream(answer, reply, wanted.wants_usage)
         text = await whole_text(request, answer)
-        return JSONResponse(reply.whole(text, tokens, answer.finish))
+        return JSONResponse(reply.whole(text, answer.finish))
 
-    def _generate(self, answer: Answer, prompt: Tensor, sampling: Sampling) -> Finish:
+    def _generate(self, answer: Answer, prompt: Tensor, wanted: GenerationRequest) -> Finish:
+        sampling = wanted.sampling(self._served.context - prompt.shape[1])
         return generate_text(
             *(self._served.model, self._served.tokenizer, prompt, sampling),
             on_text=answer.write,
             is_stopped=answer.is_stopped,
             on_token=answer.count_token,
+            stops=wanted.stop or (),
+            goes_on=isinstance(wanted, CompletionRequest),
         )
 
 
