@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "vptq"
 
 RANKS = (
-    ("errors",),
+    ("errors", "extras"),
     ("config", "entry"),
     ("spec",),
     ("packing", "weight", "reference"),
@@ -22,13 +22,13 @@ RANKS = (
     ("model",),
     ("integrations",),
     ("conversation", "generation", "engine"),
-    ("evaluate",),
+    ("evaluate", "doctor"),
     ("serve", "cli", "app", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
-INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint", "source",
-             "model", "integrations", "sampling", "streaming",
+INFERENCE = ("errors", "extras", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint",
+             "source", "model", "integrations", "sampling", "streaming",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 

@@ -13,7 +13,21 @@ from collections.abc import Sequence
 
 import typer
 
-from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, quantize, serve, webchat
+from vptq.cli import (
+    bench,
+    chat,
+    compare,
+    doctor,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    info,
+    plan,
+    quantize,
+    serve,
+    webchat,
+)
 from vptq.cli.console import print_error
 from vptq.errors import VPTQError
 
@@ -40,6 +54,7 @@ app.command("serve")(serve.serve)
 app.command("app")(webchat.webchat)
 app.command("info")(info.info)
 app.command("env")(env.env)
+app.command("doctor")(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "vptq") -> None:

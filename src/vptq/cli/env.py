@@ -11,19 +11,10 @@ import typer
 from rich.table import Table
 
 from vptq.cli.console import facts, file_size, output, plain_table
+from vptq.extras import EXTRAS, install_command
 
-PACKAGES = (
-    ("torch", ""),
-    ("transformers", ""),
-    ("safetensors", ""),
-    ("accelerate", ""),
-    ("tokenizers", ""),
-    ("triton", "GPU kernels"),
-    ("cuda-core", "faster decoding on NVIDIA GPUs; pip install 'vptq[cuda]'"),
-    ("datasets", "hub data sets as text; pip install 'vptq[data]'"),
-    ("matplotlib", "report.png; pip install 'vptq[plot]'"),
-    ("gguf", "GGUF models; pip install 'vptq[gguf]'"),
-)
+PACKAGES = {"torch": "", "transformers": "", "safetensors": "", "accelerate": "", "tokenizers": "", "triton": ""}
+PACKAGES |= {"cuda-core": "cuda", "datasets": "data", "matplotlib": "plot", "gguf": "gguf"}
 
 
 def env(
@@ -39,7 +30,7 @@ def env(
     console = output()
     console.print(facts({"vptq": vptq.__version__, "python": platform.python_version(), "system": platform.platform()}))
     console.print()
-    console.print(facts({package: _version(package, purpose) for package, purpose in PACKAGES}))
+    console.print(facts({package: _version(package, extra) for package, extra in PACKAGES.items()}))
     console.print()
     console.print(facts(_devices()))
     console.print()
@@ -79,11 +70,11 @@ def _served(folder: Path) -> Table:
     return table
 
 
-def _version(package: str, purpose: str) -> str:
+def _version(package: str, extra: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return f"not installed ({purpose})" if purpose else "not installed"
+        return f"not installed ({EXTRAS[extra]}: {install_command(extra)})" if extra else "not installed"
 
 
 def _devices() -> dict[str, str]:

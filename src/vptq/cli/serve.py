@@ -9,6 +9,7 @@ import typer
 
 from vptq.cli.console import messages, print_warning, quiet_transformers
 from vptq.errors import ConfigError
+from vptq.extras import needed
 
 # Of models that state no limit of their own.
 DEFAULT_CONTEXT = 4096
@@ -51,11 +52,9 @@ def serve(
     from vptq.source import load_tokenizer, resolve_model
 
     source = resolve_model(model)
-    try:
+    with needed("serve", "vptq serve"):
         from vptq.serve.listen import GracefulServer, bind, is_loopback, url_of
         from vptq.serve.server import Limits, ServedModel, Server
-    except ImportError as error:
-        raise ConfigError(f"vptq serve needs the package {error.name}: pip install 'vptq[serve]'") from error
     from vptq.generation import context_length
     from vptq.model import AutoModelForCausalLM
 
