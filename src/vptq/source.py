@@ -23,6 +23,7 @@ from urllib.request import getproxies
 
 from vptq.errors import CheckpointError, ConfigError, VPTQError
 from vptq.extras import missing
+from vptq.transformers_versions import gguf_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -145,11 +146,11 @@ def load_model(
         CheckpointError: The folder holds no weights, or a damaged VPTQ checkpoint.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
     source = resolve_model(model)
     if source.gguf_file is not None:
-        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        kwargs = gguf_arguments() | kwargs
         dtype = torch.float32 if dtype == "auto" else dtype
     loaded: PreTrainedModel = _open(
         AutoModelForCausalLM,

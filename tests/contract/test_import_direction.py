@@ -17,7 +17,7 @@ RANKS = (
     ("packing", "weight", "reference"),
     ("ops",),
     ("linear", "shards", "checkpoint"),
-    ("text", "source", "sampling", "streaming"),
+    ("text", "transformers_versions", "source", "sampling", "streaming"),
     ("quantize",),
     ("model",),
     ("integrations",),
@@ -28,7 +28,7 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
 INFERENCE = ("errors", "extras", "config", "entry", "packing", "weight", "ops", "linear", "shards", "checkpoint",
-             "source", "model", "integrations", "sampling", "streaming",
+             "transformers_versions", "source", "model", "integrations", "sampling", "streaming",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
