@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Elsewhere pip says what it is doing: the first install takes minutes.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet)
 BUILD_FILES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint wheel bench docs gpu clean help

@@ -47,14 +47,16 @@ def is_excluded(path: str, excluded: Iterable[str]) -> bool:
     return not should_convert_module(path, list(excluded))
 
 
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that share their data with another one."""
+def tied_weights(model: Any) -> dict[str, str]:
+    """Parameters that are another one under a second name, and are not stored -> that other one."""
     tied = getattr(model, "all_tied_weights_keys", None)
-    if tied is not None:
-        return {*tied, *tied.values()}
-    from accelerate.utils import find_tied_parameters
-
-    return {name for group in find_tied_parameters(model) for name in group}
+    if tied is not None or not hasattr(model, "get_output_embeddings"):
+        return dict(tied or {})
+    head = model.get_output_embeddings()  # from here on 4.57, where a decoder can tie nothing else
+    if head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    return {f"{names[head]}.weight": f"{names[model.get_input_embeddings()]}.weight"}
 
 
 def renaming(model: PreTrainedModel) -> Renaming:

@@ -85,6 +85,7 @@ def test_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
     root = Path(__file__).parents[2]
     assert (found.state, found.remedy) == ("problem", f"pip install --no-build-isolation -e {root}")
     assert list(packages.required()) == []
+    assert list(packages.extras()) == []
 
 
 def test_transformers_that_does_not_know_us_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,12 +253,12 @@ def test_a_token_is_shown_by_its_owner_and_never_itself(monkeypatch: pytest.Monk
 
 def test_a_check_that_cannot_run_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
-        raise ImportError("no torch")
+        raise ModuleNotFoundError("no torch", name="torch.cuda")
         yield
 
     monkeypatch.setattr(doctor, "CHECKS", (broken, machine.memory))
     first, second = doctor.examine()
-    assert (first.part, first.state) == ("broken", "problem")
+    assert (first.part, first.state, first.remedy) == ("broken", "problem", "pip install torch")
     assert second.part == "memory"
 
 

@@ -35,5 +35,6 @@ def examine(reach_hub: bool = False) -> Iterator[Finding]:
     for check in (*CHECKS, hub.hub) if reach_hub else CHECKS:
         try:
             yield from check()
-        except ImportError as error:  # `packages.required` says which package is missing and what to type
-            yield Finding(check.__name__, "problem", f"cannot be looked at: {error}")
+        except ImportError as error:
+            package = str(error.name).partition(".")[0]
+            yield Finding(check.__name__, "problem", f"cannot be looked at: {error}", f"pip install {package}")

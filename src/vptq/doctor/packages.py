@@ -63,7 +63,8 @@ def extras() -> Iterator[Finding]:
         if extra in ("cuda", "cuda12"):
             continue
         wanted = [item for item in _requirements() if _is_extra(item, extra)]
-        yield extra_finding(extra, purpose, wanted)
+        if wanted:  # none where the metadata is missing, which `python` has said
+            yield extra_finding(extra, purpose, wanted)
 
 
 def extra_finding(extra: str, purpose: str, wanted: Iterable[Requirement]) -> Finding:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig, QuantConfig
 from vptq.errors import CheckpointError, ConfigError
-from vptq.transformers_versions import renaming, tied_names
+from vptq.transformers_versions import renaming, tied_weights
 from vptq.weight import check_stored
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ def _fit_to_module(config: LayerConfig, module: nn.Linear, where: str) -> LayerC
 
 
 def _check_not_tied(model: PreTrainedModel, matches: Iterable[LayerMatch]) -> None:
-    names = tied_names(model)
+    tied = tied_weights(model)
+    names = {*tied, *tied.values()}
     for match in matches:
         if f"{match.path}.weight" in names:
             raise ConfigError(

@@ -27,9 +27,9 @@ from vptq.quantize.report import ProgressCallback, ProgressEvent
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
-from vptq.quantize.weights import tied_weights
 from vptq.quantize.workspace import Workspace
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 
 @dataclass
