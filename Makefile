@@ -1,4 +1,4 @@
-# One word each: make demo | test | lint | bench | docs | gpu | clean
+# One word each: make demo | test | lint | wheel | bench | docs | gpu | clean
 #
 # Everything is installed into $(VENV) once; stamp files there make the second run quick. torch goes first and by exact
 # pin, because the package is then built against it without pip's build isolation, which would download another one.
@@ -10,10 +10,11 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Elsewhere pip says what it is doing: the first install takes minutes.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet)
 BUILD_FILES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench docs gpu clean help
+.PHONY: demo test lint wheel bench docs gpu clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +42,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Against the pinned torch, for every later one and every Python from 3.10 on. What an earlier build left would go in too.
+wheel: $(VENV)/.torch
+	rm -rf build dist
+	VPTQ_REQUIRE_EXTENSION=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--wheel-dir dist .
+	@ls dist
+
 bench: $(VENV)/.package
 	$(BIN)/python benchmarks/nearest.py $(ARGS)
 	$(BIN)/python benchmarks/quantize.py $(ARGS)
@@ -49,7 +57,7 @@ docs: $(VENV)/.package
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf build src/*.egg-info src/vptq/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist src/*.egg-info src/vptq/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

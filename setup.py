@@ -1,7 +1,8 @@
 """Build the one optional extension module, `vptq._C`: CPU kernels behind LibTorch's stable ABI.
 
 Optional, because every kernel has a PyTorch twin: without a compiler, or without torch at build time, the package
-installs all the same, says so in one line, and `vptq env` repeats it. Built against the oldest torch that has the
+installs all the same, says so in one line, and `vptq doctor` repeats it;
+VPTQ_REQUIRE_EXTENSION=1, as `make wheel` sets it, makes that an error. Built against the oldest torch that has the
 stable ABI we use, and against Python's limited API, so that one binary serves every later torch and Python.
 """
 
@@ -16,6 +17,8 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 
 
 def skip(reason: str) -> dict:
+    if os.environ.get("VPTQ_REQUIRE_EXTENSION") == "1":
+        sys.exit(f"vptq: VPTQ_REQUIRE_EXTENSION=1, and the C++ kernels cannot be built ({reason})")
     print(f"vptq: installing without the C++ kernels ({reason}); PyTorch code runs in their place", file=sys.stderr)
     return {}
 

@@ -15,12 +15,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from vptq.errors import CheckpointError, ConfigError, VPTQError
+from vptq.extras import missing
+from vptq.transformers_versions import gguf_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -143,11 +146,11 @@ def load_model(
         CheckpointError: The folder holds no weights, or a damaged VPTQ checkpoint.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
     source = resolve_model(model)
     if source.gguf_file is not None:
-        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        kwargs = gguf_arguments() | kwargs
         dtype = torch.float32 if dtype == "auto" else dtype
     loaded: PreTrainedModel = _open(
         AutoModelForCausalLM,
@@ -180,6 +183,8 @@ def _resolve_folder(folder: Path) -> ModelSource:
 def _open(auto_class: Any, source: ModelSource, *args: Any, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained`, with the arguments this source needs and one-line errors."""
     if source.gguf_file is not None:
+        if find_spec("gguf") is None:
+            raise ConfigError(missing(f"{source} is a GGUF file; reading it", "gguf", "gguf"))
         kwargs["gguf_file"] = source.gguf_file
     if not source.is_local and hub_is_out_of_reach():
         kwargs["local_files_only"] = True

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vptq.errors import ConfigError
+from vptq.extras import needed
 
 if TYPE_CHECKING:
     import torch
@@ -159,13 +160,8 @@ def _read_rows(hub_text: HubText) -> Iterator[str]:
 
     `datasets` raises whatever its many back ends raise, from network to parser, hence the broad except.
     """
-    try:
+    with needed("data", f"text {hub_text.path!r} is no file here; reading a data set"):
         from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(
-            f"text {hub_text.path!r} is no local file, and data sets need the `datasets` package: "
-            "pip install 'vptq[data]', or give a text file"
-        ) from error
     try:
         rows = load_dataset(
             hub_text.path, hub_text.config, split=hub_text.split, data_files=hub_text.data_files, streaming=True

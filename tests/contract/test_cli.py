@@ -67,6 +67,7 @@ PROMISED = {
     },
     "app": {"--host", "--port", "--published", "--no-published", "--queue"},
     "env": set(),
+    "doctor": {"--hub", "--json"},
 }
 
 Run = Callable[..., tuple[int, str, str]]

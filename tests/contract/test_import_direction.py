@@ -11,24 +11,25 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "vptq"
 
 RANKS = (
-    ("errors", "progress"),
+    ("errors", "progress", "extras"),
     ("config", "entry"),
     ("spec",),
     ("packing", "weight", "reference"),
     ("ops",),
     ("linear", "shared_input", "shards", "checkpoint", "index_use", "naming"),
-    ("text", "source", "download", "sampling", "streaming"),
+    ("text", "transformers_versions", "source", "download", "sampling", "streaming"),
     ("quantize",),
     ("model",),
     ("integrations",),
     ("conversation", "generation", "engine"),
-    ("evaluate", "publish"),
+    ("evaluate", "publish", "doctor"),
     ("serve", "cli", "app", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
-INFERENCE = ("errors", "config", "entry", "packing", "weight", "ops", "linear", "shared_input", "shards", "checkpoint",
-             "source", "model", "integrations", "sampling", "streaming", "progress", "download",
+INFERENCE = ("errors", "extras", "config", "entry", "packing", "weight", "ops", "linear", "shared_input", "shards",
+             "checkpoint", "transformers_versions", "source", "model", "integrations", "sampling", "streaming",
+             "progress", "download",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 

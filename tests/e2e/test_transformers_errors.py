@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import transformers
+from versions import IS_VERSION_4, needs_transformers_5
 
 import vptq
 from vptq.errors import CheckpointError, ConfigError
@@ -15,6 +16,11 @@ from vptq.integrations.transformers import VptqConfig
 from vptq.linear import VQuantLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+LOADS_A_TENSOR = (
+    "transformers.modeling_utils._load_parameter_into_model"
+    if IS_VERSION_4
+    else "transformers.core_model_loading._materialize_copy"
+)
 
 
 def load(folder, **kwargs):
@@ -29,7 +35,7 @@ def refused(monkeypatch, tmp_path):
         folder = stored.write(tmp_path / "damaged")
         with monkeypatch.context() as patch:
             loaded = []
-            patch.setattr("transformers.core_model_loading._materialize_copy", lambda *_: loaded.append(1))
+            patch.setattr(LOADS_A_TENSOR, lambda *_: loaded.append(1))
             with pytest.raises(error, match=message) as caught:
                 family(folder)
         assert not loaded, "tensors were read before the checkpoint was refused"
@@ -170,8 +176,9 @@ def test_a_truncated_file(make_checkpoint, tmp_path, keep):
     os.truncate(file, keep)
     with pytest.raises(CheckpointError, match="damaged"):
         vptq.AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="truncated"):
-        load(folder)
+    if not IS_VERSION_4:  # which opens a single file before it asks anybody
+        with pytest.raises(CheckpointError, match="truncated"):
+            load(folder)
 
 
 def test_a_missing_shard(make_checkpoint, tmp_path):
@@ -190,6 +197,7 @@ def test_a_pickle_is_not_read(make_checkpoint, tmp_path):
         load(folder)
 
 
+@needs_transformers_5("opens a single file before it asks anybody")
 def test_a_disguised_pickle_is_not_read(make_checkpoint, tmp_path):
     stored = make_checkpoint()
     folder = stored.write(tmp_path / "pickled")
@@ -256,6 +264,7 @@ def test_legacy_carriers_cannot_be_offloaded(make_checkpoint, tmp_path):
         load(stored.write(tmp_path / "old"), device_map=device_map, offload_folder=tmp_path / "offload")
 
 
+@needs_transformers_5("cannot put a whole model on disk")
 def test_no_device_boundary_inside_a_layer(make_checkpoint, monkeypatch, tmp_path):
     """A model that names no unsplittable blocks is cut wherever memory ends, but not between indices and codebooks."""
     for model_class in (transformers.LlamaPreTrainedModel, transformers.LlamaModel, transformers.LlamaForCausalLM):

@@ -168,7 +168,7 @@ def test_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_compile, "find_spec", lambda name: None if name.startswith("cuda") else find_spec(name))
     monkeypatch.delenv("VPTQ_BACKEND", raising=False)
     missing = cuda_compile.missing.__wrapped__
-    assert missing() == "cuda-core is not installed; pip install 'vptq[cuda]'"
+    assert missing() == "compiling them needs cuda-core, which is not installed: pip install 'vptq[cuda]'"
     monkeypatch.setattr(cuda_compile, "find_spec", lambda name: object())
     assert missing() == ""
     monkeypatch.setenv("VPTQ_BACKEND", "triton")

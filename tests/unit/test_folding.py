@@ -13,7 +13,8 @@ from vptq.errors import ConfigError
 from vptq.progress import ProgressEvent
 from vptq.quantize.folding import FoldedFiles, check_layout, check_same_function, folds_of
 from vptq.quantize.skeleton import Skeleton
-from vptq.quantize.weights import spill, tied_weights
+from vptq.quantize.weights import spill
+from vptq.transformers_versions import tied_weights
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},  # every bias there can be

@@ -13,7 +13,22 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from vptq.cli import bench, chat, compare, env, evaluate, finetune, generate, info, plan, push, quantize, serve, webchat
+from vptq.cli import (
+    bench,
+    chat,
+    compare,
+    doctor,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    info,
+    plan,
+    push,
+    quantize,
+    serve,
+    webchat,
+)
 from vptq.cli.console import print_error
 from vptq.cli.examples import epilog
 from vptq.errors import VPTQError
@@ -42,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": push.push,
     "info": info.info,
     "env": env.env,
+    "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name, epilog=epilog(name))(command)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vptq.errors import ConfigError
+from vptq.extras import missing
 
 
 def output() -> Console:
@@ -71,7 +72,7 @@ def check_picture_file(path: Path, option: str) -> None:
     """Raises ConfigError where an option names no picture that could be drawn and written."""
     _check_file(path, option)
     if find_spec("matplotlib") is None:
-        raise ConfigError(f'{option} {path} is a picture, and drawing needs matplotlib: pip install "vptq[plot]"')
+        raise ConfigError(missing(f"{option} {path} is a picture; drawing it", "matplotlib", "plot"))
 
 
 def write_json_file(data: Mapping[str, Any], path: Path, option: str = "--json") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +10,10 @@ import typer
 from rich.table import Table
 
 from vptq.cli.console import facts, file_size, output, plain_table
+from vptq.extras import EXTRAS, install_command
 
-PACKAGES = (
-    ("torch", ""),
-    ("transformers", ""),
-    ("safetensors", ""),
-    ("accelerate", ""),
-    ("tokenizers", ""),
-    ("triton", "GPU kernels"),
-    ("cuda-core", "faster decoding on NVIDIA GPUs; pip install 'vptq[cuda]'"),
-    ("datasets", "hub data sets as text; pip install 'vptq[data]'"),
-    ("matplotlib", "report.png; pip install 'vptq[plot]'"),
-    ("gguf", "GGUF models; pip install 'vptq[gguf]'"),
-)
+PACKAGES = {"torch": "", "transformers": "", "safetensors": "", "accelerate": "", "tokenizers": "", "triton": ""}
+PACKAGES |= {"cuda-core": "cuda", "datasets": "data", "matplotlib": "plot", "gguf": "gguf"}
 
 
 def env(
@@ -39,7 +29,7 @@ def env(
     console = output()
     console.print(facts({"vptq": vptq.__version__, "python": platform.python_version(), "system": platform.platform()}))
     console.print()
-    console.print(facts({package: _version(package, purpose) for package, purpose in PACKAGES}))
+    console.print(facts({package: _version(package, extra) for package, extra in PACKAGES.items()}))
     console.print()
     console.print(facts(_devices()))
     console.print()
@@ -79,11 +69,13 @@ def _served(folder: Path) -> Table:
     return table
 
 
-def _version(package: str, purpose: str) -> str:
+def _version(package: str, extra: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
-        return f"not installed ({purpose})" if purpose else "not installed"
+        return f"not installed ({EXTRAS[extra]}: {install_command(extra)})" if extra else "not installed"
 
 
 def _devices() -> dict[str, str]:

@@ -49,6 +49,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "vptq info v8-k4096-256",
     ),
     "env": ("vptq env", "vptq env DIR"),
+    "doctor": ("vptq doctor", "vptq doctor --hub --json doctor.json"),
 }
 
 

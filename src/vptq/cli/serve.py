@@ -10,6 +10,7 @@ from vptq.cli.console import messages, print_warning, quiet_transformers
 from vptq.cli.loading import load
 from vptq.cli.progress import waiting
 from vptq.errors import ConfigError
+from vptq.extras import needed
 
 # Of models that state no limit of their own.
 DEFAULT_CONTEXT = 4096
@@ -48,11 +49,9 @@ def serve(
         from vptq.source import resolve_model
 
         source = resolve_model(model)
-        try:
+        with needed("serve", "vptq serve"):
             from vptq.serve.listen import GracefulServer, bind, is_loopback, url_of
             from vptq.serve.server import Limits, ServedModel, Server
-        except ImportError as error:
-            raise ConfigError(f"vptq serve needs the package {error.name}: pip install 'vptq[serve]'") from error
     with bind(host, port) as listener:
         if not (is_loopback(listener) or api_key):
             print_warning(f"anybody who can reach {url_of(listener)} can use the model; --api-key asks them for a key")

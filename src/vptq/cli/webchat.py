@@ -10,6 +10,7 @@ import typer
 from vptq.cli.console import messages, quiet_transformers
 from vptq.cli.progress import Lines, waiting
 from vptq.errors import ConfigError
+from vptq.extras import needed
 
 # The published package's words for "yes" in an environment variable, and no others.
 YES = ("1", "true", "True")
@@ -40,11 +41,9 @@ def webchat(
 
         choices = [local_choice(model) for model in models or []]
         choices += [known_choice(model) for model in KNOWN_MODELS] if published else []
-        try:
+        with needed("app", "vptq app"):
             from vptq.app.launch import launch
             from vptq.app.page import make_page
-        except ImportError as error:
-            raise ConfigError(f"vptq app needs the package {error.name}: pip install 'vptq[app]'") from error
         from vptq.app.chat import Chat
         from vptq.app.monitor import Monitor
         from vptq.engine import Engine

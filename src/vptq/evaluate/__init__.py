@@ -63,7 +63,7 @@ def evaluate(
             by itself. By default wikitext2, or none where there are tasks.
         seqlen: Tokens per window. A text that is shorter makes one shorter window.
         windows: How many windows of each text at most; None for the whole text.
-        tasks: Zero-shot tasks by their names in lm-eval, which `pip install "vptq[eval]"` installs.
+        tasks: Zero-shot tasks by their names in lm-eval, which the extra `eval` installs.
         task_dir: A folder with task files (YAML) of your own. Functions that they name are code, and run.
         limit: The first so many examples of each task; None for all.
         batch_size: Requests of tasks in one forward pass; less where memory is short.

@@ -28,6 +28,7 @@ import torch
 
 from vptq.errors import ConfigError, VPTQError
 from vptq.evaluate.results import Estimate, TaskScores
+from vptq.extras import needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,10 +57,8 @@ def load_tasks(names: Sequence[str], task_dir: str | Path | None = None) -> Task
     folder = None if task_dir is None else Path(task_dir).expanduser()
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"there is no folder {folder} to read task files from; give one that holds *.yaml files")
-    try:
+    with needed("eval", "measuring zero-shot tasks"):
         import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f'zero-shot tasks need lm-eval ({error}): pip install "vptq[eval]"') from error
     tasks: TaskDict = {"tasks": {}, "groups": {}}
     with _quiet(), _seeded():
         manager = _manager_of(names, folder)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vptq.config import LayerConfig, QuantConfig
 from vptq.errors import CheckpointError, ConfigError
+from vptq.transformers_versions import renaming, tied_weights
 from vptq.weight import check_stored
 
 if TYPE_CHECKING:
@@ -108,30 +109,20 @@ class _ModelNames:
     """transformers' own renaming of checkpoint keys to the names of one model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        steps = get_model_conversion_mapping(model)
-        self._renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        self._converters = [step for step in steps if isinstance(step, WeightConverter)]
+        self._rename = renaming(model)
         self._parameters = model.state_dict()
-        self._prefix = model.base_model_prefix
 
     def of_module(self, stored_path: str) -> str:
         """The model's path of the linear layer that the checkpoint calls `stored_path`."""
-        from transformers.core_model_loading import rename_source_key
-
         key = f"{stored_path}.weight"
         if key in self._parameters:
             return stored_path
-        renamed, _ = rename_source_key(key, self._renamings, [], self._prefix, self._parameters)
+        renamed, _ = self._rename(key)
         return renamed.removesuffix(".weight") if renamed in self._parameters else stored_path
 
     def are_converted(self, key: str) -> bool:
         """Whether transformers computes something from this tensor, so that its shape is not that of a parameter."""
-        from transformers.core_model_loading import rename_source_key
-
-        return rename_source_key(key, self._renamings, self._converters)[1] is not None
+        return self._rename(key)[1]
 
 
 def _check_entries_have_a_place(modules: Mapping[str, nn.Module], entries: Mapping[str, str]) -> None:
@@ -188,8 +179,8 @@ def _fit_to_module(config: LayerConfig, module: nn.Linear, where: str) -> LayerC
 
 
 def _check_not_tied(model: PreTrainedModel, matches: Iterable[LayerMatch]) -> None:
-    tied: Mapping[str, str] = model.all_tied_weights_keys
-    names = tied.keys() | set(tied.values())
+    tied = tied_weights(model)
+    names = {*tied, *tied.values()}
     for match in matches:
         if f"{match.path}.weight" in names:
             raise ConfigError(

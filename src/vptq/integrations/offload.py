@@ -17,11 +17,15 @@ from vptq.linear import VQuantLinear
 
 
 def keep_layers_whole(model: nn.Module) -> None:
-    """Make the offload hook of every quantized layer move its codebooks as well. Does nothing without such hooks."""
+    """Make the offload hook of every quantized layer move its codebooks as well, each tensor in its own dtype.
+
+    Does nothing without such hooks.
+    """
     for module in model.modules():
         if isinstance(module, VQuantLinear):
             for hook in _offload_hooks(module):
                 hook.place_submodules = True
+                _keep_dtypes(module, hook.weights_map)
 
 
 def is_offloaded(layer: nn.Module, name: str) -> bool:
@@ -44,6 +48,14 @@ def index_tensors(layer: nn.Module) -> dict[str, Tensor]:
         elif hooks := _offload_hooks(layer):
             found[name] = hooks[0].weights_map[name]
     return found
+
+
+def _keep_dtypes(layer: nn.Module, weights: Any) -> None:
+    """Has every tensor come back from disk in its own dtype: transformers 4.57 casts all to one, indices by value."""
+    index = getattr(getattr(weights, "dataset", None), "index", None) or {}
+    for name, tensor in layer.state_dict().items():
+        if entry := index.get(f"{weights.prefix}{name}"):
+            entry["dtype"] = str(tensor.dtype).removeprefix("torch.")
 
 
 def _offload_hooks(module: nn.Module) -> list[Any]:

@@ -1,10 +1,11 @@
 """Loading VPTQ checkpoints through plain transformers, on any device.
 
-transformers 5.17 to 5.19 refuses VPTQ without CUDA, its replacement loop fails on every nested model, it looks shared
-entries up under the wrong name, rejects unpacked indices, casts legacy float16 index carriers by value, and installs
-tensors of the wrong shape without a word. Importing this module puts the two classes below in their place, in the
-dictionaries that `from_pretrained` consults. They hook into the usual loader and do not replace it: transformers still
-resolves the files, streams each tensor to its device, offloads, ties weights and saves.
+transformers refuses VPTQ without CUDA, its replacement loop fails on every nested model, it looks shared entries up
+under the wrong name, rejects unpacked indices, casts legacy float16 index carriers by value, and installs tensors of
+the wrong shape without a word. Importing this module puts the two classes below in their place, in the dictionaries
+that `from_pretrained` consults. They hook into the usual loader and do not replace it: transformers still resolves the
+files, streams each tensor to its device, offloads, ties weights and saves. What its versions do differently is in
+`vptq.transformers_versions`.
 
     before the weights   match the config's entries with the model's linears, check the headers of all shards against
                          `tensor_specs`, put a `VQuantLinear` on the meta device in each place
@@ -14,14 +15,13 @@ resolves the files, streams each tensor to its device, offloads, ties weights an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import quantization_config as hf_config
 
 from vptq.checkpoint import read_headers
@@ -32,6 +32,8 @@ from vptq.integrations.offload import index_tensors, is_offloaded, keep_layers_w
 from vptq.integrations.precision import check_fits, dtype_for
 from vptq.linear import VQuantLinear
 from vptq.shared_input import fuse_shared_inputs
+from vptq.transformers_versions import casts_every_float, is_excluded, watch_checkpoint_files
+from vptq.transformers_versions import checkpoint_files as watched_files
 from vptq.weight import check_indices, normalize
 
 if TYPE_CHECKING:
@@ -82,14 +84,17 @@ class VptqHfQuantizer(HfQuantizer):
         self._dtype = torch.get_default_dtype()
         self._device_map: Any = None
         self._narrowed = False
+        watch_checkpoint_files()
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Remembers it for `update_dtype`."""
         self._device_map = device_map
         return device_map
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float16 instead of bfloat16 on a GPU that has only the former."""
+    def update_dtype(self, dtype: Any) -> Any:
+        """float16 instead of bfloat16 on a GPU that has only the former. None means "as stored" to 4.57 too."""
+        if dtype is None:
+            return "auto"
         found = dtype_for(dtype, self._device_map)
         self._narrowed = found != dtype
         return found
@@ -98,10 +103,10 @@ class VptqHfQuantizer(HfQuantizer):
         self,
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
-        checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._dtype = dtype or torch.get_default_dtype()
+        checkpoint_files: Sequence[str] | None = kwargs.get("checkpoint_files", watched_files())
         excluded = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, list(model._keep_in_fp32_modules or ())
         )
@@ -109,11 +114,11 @@ class VptqHfQuantizer(HfQuantizer):
             model,
             self.quantization_config.parsed(),
             None if checkpoint_files is None else read_headers(checkpoint_files),
-            lambda path: not should_convert_module(path, excluded),
+            lambda path: is_excluded(path, excluded),
         )
         for match in self._matches:
             layer = VQuantLinear.from_config(match.config, device="meta", dtype=self._dtype)
-            _declare_stored_carriers(layer, match.headers)
+            _declare_stored_carriers(layer, match, self._dtype)
             model.set_submodule(match.path, layer)
         # A device boundary inside a layer would separate its indices from its codebooks.
         model._no_split_modules = {*(model._no_split_modules or ()), VQuantLinear.__name__}
@@ -134,6 +139,7 @@ class VptqHfQuantizer(HfQuantizer):
                 modules_to_not_convert=self.quantization_config.parsed().modules_to_not_convert,
             )
         )
+        model.config.quantization_config = self.quantization_config  # 4.57 has given the model a copy of its own
         _drop_nested_config(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -153,19 +159,27 @@ class VptqHfQuantizer(HfQuantizer):
         """`generate` may compile the model: the layers' operators trace without a graph break."""
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """`save_pretrained` stores the quantized layers as they are."""
         return True
 
 
-def _declare_stored_carriers(layer: nn.Module, headers: Mapping[str, Tensor]) -> None:
+def _declare_stored_carriers(layer: nn.Module, match: LayerMatch, dtype: torch.dtype) -> None:
     """Give index tensors on the meta device the dtype that the file has.
 
     The loader casts a float tensor to the dtype declared for it; float16 that carries index bits would be lost.
+    4.57 casts every float tensor to the model's dtype, whatever is declared.
     """
     for name, declared in layer.state_dict().items():
-        if name in headers and not declared.is_floating_point() and headers[name].dtype != declared.dtype:
-            _replace_tensor(layer, name, torch.empty_like(declared, dtype=headers[name].dtype))
+        header = match.headers.get(name)
+        if header is None or declared.is_floating_point() or header.dtype == declared.dtype:
+            continue
+        if header.is_floating_point() and header.dtype != dtype and casts_every_float():
+            raise ConfigError(
+                f"{match.stored_path}.{name} holds indices as {header.dtype}, which this version of transformers would "
+                f"cast to {dtype}; load with dtype={header.dtype} and save once, or use transformers 5"
+            )
+        _replace_tensor(layer, name, torch.empty_like(declared, dtype=header.dtype))
 
 
 def _settle_dtypes(layer: nn.Module, match: LayerMatch, dtype: torch.dtype) -> None:

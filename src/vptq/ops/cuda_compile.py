@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vptq.extras import missing as missing_extra
 from vptq.ops.cuda_plan import TOKENS, Card, Kind
 
 SOURCES = ("device.cuh", "lookup.cuh", "layers.cuh", "decode.cu")
@@ -33,7 +34,7 @@ def missing() -> str:
         return "VPTQ_BACKEND=triton"
     for module in ("cuda", "cuda.core", "cuda.bindings"):
         if find_spec(module) is None:
-            return "cuda-core is not installed; pip install 'vptq[cuda]'"
+            return missing_extra("compiling them", "cuda-core", "cuda")
     return ""
 
 

@@ -30,9 +30,10 @@ from vptq.quantize.report import load_report, save_report
 from vptq.quantize.setup import check_output, check_share, check_text_size, checked_calibration, checked_device
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.training import TrainingConfig
-from vptq.quantize.weights import WeightFiles, tied_weights
+from vptq.quantize.weights import WeightFiles
 from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, load_tokenizer, resolve_model
+from vptq.transformers_versions import tied_weights
 
 REPORT_NAME = "finetune.json"
 

@@ -27,10 +27,10 @@ from vptq.quantize.original import Original
 from vptq.quantize.skeleton import Skeleton, head_of
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
-from vptq.quantize.weights import tied_weights
 from vptq.quantize.workers import Workers
 from vptq.quantize.workspace import Workspace
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 
 @dataclass

@@ -18,8 +18,8 @@ from vptq.quantize.job import Job
 from vptq.quantize.layers import SolvedLayer, solve_layer
 from vptq.quantize.paired import PairedActivations
 from vptq.quantize.skeleton import Skeleton, head_of
-from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 
 def check_head(job: Job) -> None:

@@ -16,7 +16,7 @@ from vptq.quantize.card import save_card
 from vptq.quantize.job import Job
 from vptq.quantize.report import Report, save_report
 from vptq.quantize.skeleton import Skeleton
-from vptq.quantize.weights import tied_weights
+from vptq.transformers_versions import tied_weights
 
 
 def write_output(

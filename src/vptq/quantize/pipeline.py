@@ -33,8 +33,8 @@ from vptq.quantize.recipe import quantize_command
 from vptq.quantize.report import LayerReport, Report
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton, head_of
-from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 
 def quantize(

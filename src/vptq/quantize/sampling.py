@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vptq.errors import CalibrationError
 from vptq.progress import ProgressCallback, ProgressEvent
+from vptq.transformers_versions import start_cache_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values [batch, heads, tokens, head_dim]; return all there are so far."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            start_cache_layer(self, key_states, value_states)
             self.key_storage = self._storage_for(key_states)
             self.value_storage = self._storage_for(value_states)
         end = self.filled + key_states.shape[-2]

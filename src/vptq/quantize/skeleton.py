@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vptq.errors import ConfigError
-from vptq.quantize.weights import Tensors, tied_weights
+from vptq.quantize.weights import Tensors
+from vptq.transformers_versions import tied_weights
 
 
 class Stop(Exception):  # noqa: N818  (a signal, not an error)
@@ -94,7 +95,7 @@ class Skeleton:
     def load_head(self, dtype: torch.dtype) -> nn.Module:
         """The model with nothing but its output head in place, and left there."""
         path, head = head_of(self.model)
-        source = (getattr(self.model, "all_tied_weights_keys", None) or {}).get(f"{path}.weight", f"{path}.weight")
+        source = tied_weights(self.model).get(f"{path}.weight", f"{path}.weight")
         head.weight = nn.Parameter(self.files.load(source).to(self.device, dtype), requires_grad=False)
         if head.bias is not None:
             head.bias = nn.Parameter(self.files.load(f"{path}.bias").to(self.device, dtype), requires_grad=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vptq.checkpoint import save_tensors, staged_folder
 from vptq.errors import CheckpointError, ConfigError
+from vptq.transformers_versions import tied_weights
 
 SPILL_SHARD_BYTES = 2 * 1024**3
 
@@ -61,11 +62,6 @@ class WeightFiles:
         with safe_open(self._where[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Parameters that are another one under a second name, and are not stored -> that other one."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def covers(files: WeightFiles, model: nn.Module) -> bool:
