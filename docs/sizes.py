@@ -23,7 +23,7 @@ from vptq.spec import QuantSpec, spec_for_bits
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 GIB = 2**30
 WIDTHS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
-MEMORIES = (2, 4, 8, 12, 16, 24, 48, 80)
+MEMORIES = (2, 4, 8, 16, 24, 48, 80)
 # Of a memory, what weights and cache may fill; the process, the activations and the system need the rest.
 SHARE = 0.8
 CONTEXT = 4096
@@ -117,13 +117,13 @@ def _files() -> Iterator[list[str]]:
     for shape in SHAPES:
         stored = [shape.dense_bytes, *(shape.file_bytes(shape.spec(bits)) for bits in WIDTHS), shape.cache_bytes]
         counts = [f"{shape.linear_weights / 1e9:.3g}e9", f"{shape.other_weights / 1e9:.2g}e9"]
-        yield [shape.name, *counts, *(f"{count / GIB:.2f}" for count in stored)]
+        yield [f"`{shape.name}`", *counts, *(f"{count / GIB:.2f}" for count in stored)]
 
 
 def _memory() -> Iterator[list[str]]:
     yield ["model", *(f"{memory} GiB" for memory in MEMORIES)]
     for shape in SHAPES:
-        yield [shape.name, *(_widest(shape, memory * GIB) for memory in MEMORIES)]
+        yield [f"`{shape.name}`", *(_widest(shape, memory * GIB) for memory in MEMORIES)]
 
 
 def _widest(shape: Shape, memory: int) -> str:
