@@ -7,6 +7,7 @@ what it does not look at, and what should be noticed without it.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 from pathlib import Path
@@ -61,14 +62,25 @@ def test_every_environment_variable_of_ours_is_among_the_knobs() -> None:
     assert {name for name in read if f"`{name}`" not in (DOCS / "knobs.md").read_text()} == set()
 
 
-def test_options_that_no_table_shows_are_named(script) -> None:
+def test_every_option_of_every_command_is_in_a_table_of_the_knobs(script) -> None:
     options = script("options")
     page = (DOCS / "knobs.md").read_text()
-    options.check_complete(page)
-    with pytest.raises(ValueError, match=r"--rotate of vptq (quantize|plan)"):
-        options.check_complete(page.replace("--rotate ", "", 1))
-    with pytest.raises(ValueError, match="--limit"):
-        options.check_complete(page.replace("<!-- options eval -->", "<!-- options eval: --tasks -->"))
+    markers = [words.partition(":") for words in re.findall(r"<!-- options (.+?) -->", page)]
+    for command in options.COMMANDS:
+        shown = [flags.split() for names, _, flags in markers if command in names.split()]
+        complete = [] in shown or ["rest"] in shown
+        assert complete if shown else ("others", "", "") in markers
+        named = [flag for flags in shown for flag in flags]
+        assert len(named) == len(set(named)), "an option is in two tables"
+
+
+def test_the_rest_are_the_options_that_no_other_table_shows(script) -> None:
+    options = script("options")
+    page = "<!-- options plan: --bits --size --json -->\n<!-- options plan: rest -->"
+    table = options.render("plan: rest", page)
+    shown = re.findall(r"^\| .*?`(--[\w-]+)`", table, re.MULTILINE)
+    assert {"--bits", "--size", "--json", *shown} == options.options_of("plan").keys()
+    assert {"--bits", "--size", "--json"}.isdisjoint(shown)
 
 
 def test_commands_that_the_page_does_not_name_are_shown_all_the_same(script) -> None:
@@ -77,7 +89,6 @@ def test_commands_that_the_page_does_not_name_are_shown_all_the_same(script) -> 
     table = options.render("others", f"<!-- options quantize: --spec -->\n{others}")
     assert "### vptq serve\n\nServe a model by OpenAI's protocol.\n\n| option | default |" in table
     assert "### vptq quantize" not in table
-    options.check_complete(others)
 
 
 def test_a_table_of_options_says_default_and_commands(script) -> None:
@@ -120,3 +131,12 @@ def test_what_a_browser_would_fetch_from_elsewhere_is_a_warning(script, caplog: 
     assert [record.getMessage() for record in caplog.records] == [
         "index.md would make a browser fetch https://cdn.example/x.js"
     ]
+
+
+def test_a_notebook_becomes_a_page(script) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "Words."]},
+        {"cell_type": "code", "source": ["import vptq\n", "vptq.__version__"], "outputs": []},
+    ]
+    page = script("hooks").notebook_page(json.dumps({"cells": cells}))
+    assert page == "# Title\n\nWords.\n\n```python\nimport vptq\nvptq.__version__\n```"
