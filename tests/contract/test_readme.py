@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> None:
         group.make_context("vptq", arguments)
 
 
-def test_the_pages_have_commands_and_python() -> None:
+def test_the_readme_has_commands_and_python() -> None:
     assert len(shell_lines()) >= 5
     assert any(blocks("python"))
 
