@@ -1,6 +1,6 @@
 """Tables of docs/choosing.md: what a spec makes of published models, by arithmetic, and what was measured of it.
 
-    <!-- sizes files -->    gigabytes of the weight files of a model at a nominal width
+    <!-- sizes files -->    gigabytes of the weight files of a model at so many index bits
     <!-- sizes memory -->   the widest spec that a memory holds
     <!-- sizes specs -->    each spec's true bits, beside its loss and its speed from benchmarks/results
 
@@ -84,7 +84,7 @@ class Shape:
         return 2 * self.blocks * self.kv_width * CONTEXT * FLOAT_BYTES
 
     def spec(self, bits: float) -> QuantSpec:
-        """What the program takes for a nominal width: large codebooks where the layers can pay for them."""
+        """What the program takes for so many index bits: large codebooks where the layers can pay for them."""
         return spec_for_bits(bits, self.linear_weights // (self.blocks * len(self.layers)))
 
     def file_bytes(self, spec: QuantSpec) -> float:
