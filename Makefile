@@ -53,8 +53,9 @@ bench: $(VENV)/.package
 	$(BIN)/python benchmarks/nearest.py $(ARGS)
 	$(BIN)/python benchmarks/quantize.py $(ARGS)
 
-docs: $(VENV)/.package
+docs: $(VENV)/.docs
 	$(BIN)/python docs/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist src/*.egg-info src/vptq/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -75,6 +76,10 @@ $(VENV)/.demo: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

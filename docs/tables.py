@@ -1,10 +1,11 @@
-"""Write the tables of README.md and of two pages of the docs from benchmarks/results, or check that they are current.
+"""Write the tables of README.md and the docs from benchmarks/results and the program, or check that they are current.
 
     python docs/tables.py [--check]
 
 A figure there that no committed result file holds is one that nobody can trace; so none is typed by hand.
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the
-keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss).
+keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss). `options.py` and
+`sizes.py` say what stands behind `<!-- options ... -->` and `<!-- sizes ... -->`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import options
+import sizes
+from grid import table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs" / "performance.md",
-    ROOT / "docs" / "algorithm.md",
-    ROOT / "docs" / "accuracy.md",
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @dataclass(frozen=True)
@@ -131,28 +132,34 @@ def render(name: str) -> str:
         return f"(`{path.relative_to(ROOT)}` has not been measured yet.)"
     columns = TABLES[name]
     rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())["rows"]]
-    lines = [[column.heading for column in columns], ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table([[column.heading for column in columns], *rows])
 
 
 def fill(page: str) -> str:
     """A page with its tables rendered anew."""
+    makers: dict[str, Callable[[str], str]] = {
+        "table": render,
+        "sizes": sizes.render,
+        "options": lambda words: options.render(words, page),
+    }
     return re.sub(
-        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{render(match[2])}\n{match[3]}",
+        r"(<!-- (table|sizes|options) (.+?) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}",
         page,
         flags=re.DOTALL,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the README's tables from the committed results.")
+    parser = argparse.ArgumentParser(description="Write the tables of README.md and the docs.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is out of date")
     check = parser.parse_args().check
-    for page in PAGES:
-        text = page.read_text()
-        current = fill(text)
-        if current == text:
+    try:
+        pages = {page: fill(page.read_text()) for page in PAGES}
+    except ValueError as error:
+        sys.exit(f"docs: {error}")
+    for page, current in pages.items():
+        if current == page.read_text():
             continue
         if check:
             sys.exit(f"{page.relative_to(ROOT)} has tables that are out of date; run python docs/tables.py")

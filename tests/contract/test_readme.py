@@ -1,4 +1,4 @@
-"""What the README tells a reader to type exists, and its tables are those of the committed results."""
+"""What README and docs tell a reader to type exists, and their tables are those of the committed results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,18 @@ import vptq
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def blocks(language: str) -> Iterator[str]:
-    yield from re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for page in PAGES:
+        yield from re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def shell_lines() -> list[str]:
     joined = "\n".join(blocks("sh")).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return list(dict.fromkeys(lines))
 
 
 def test_the_readme_has_commands_and_python() -> None:
@@ -35,7 +39,7 @@ def test_the_readme_has_commands_and_python() -> None:
 
 @pytest.mark.parametrize("line", list(shell_lines()), ids=lambda line: line.partition("#")[0].strip())
 def test_shell_command_is_understood(line: str) -> None:
-    words = shlex.split(line, comments=True)
+    words = list(takewhile(lambda word: word not in ("<", ">", "|"), shlex.split(line, comments=True)))
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
@@ -43,7 +47,7 @@ def test_shell_command_is_understood(line: str) -> None:
         parse(words[1:])
     elif words[:3] == ["python", "-m", "vptq"]:
         parse(words[3:])
-    elif words[:2] == ["pip", "install"] or words[0] in ("git", "cd"):
+    elif words[:2] in (["pip", "install"], ["pip", "uninstall"]) or words[0] in ("git", "cd"):
         return
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()

@@ -197,7 +197,8 @@ def test_a_checkpoint_of_zeros_loses_everything(
     assert row["perplexity"] is None
 
 
-def test_the_table_shows_keys_that_rows_have(script: Script) -> None:
+def test_the_table_shows_keys_that_rows_have(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     columns = runpy.run_path(str(ROOT / "docs" / "tables.py"))["TABLES"]["smollm2"]
     accuracy = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
     published = set().union(*accuracy["PUBLISHED"].values())
