@@ -88,7 +88,7 @@ class SharedInput:
             _pays(x.device)
             and 1 <= x.numel() // layer.in_features <= GROUP_TOKENS
             and layer in self._layers
-            and all(next(other.parameters()).device == x.device for other in self._layers)
+            and all(other._stored()[1].device == x.device for other in self._layers)  # type: ignore[union-attr]
         )
 
     def _compute(self, x: Tensor) -> dict[VQuantLinear, Tensor]:

@@ -61,8 +61,6 @@ def test_generate_with_reduced_overhead_gives_the_same_tokens(device, make_check
         found = model.generate(prompt, **arguments, cache_implementation="static", compile_config=compile_config)
         assert found.tolist() == expected.tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
-    if device == "cuda":
-        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     blocks = [module for name, module in model.named_modules() if name.endswith(("self_attn", "mlp"))]
     shared = [block._modules.get("q_proj", block._modules.get("gate_proj")).shared_input for block in blocks]
     assert len(shared) == 4
