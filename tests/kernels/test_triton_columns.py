@@ -96,6 +96,7 @@ def test_splits_and_parts_change_nothing(device: str, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             expected = run(problem, beam, device)
             patch.setattr(triton_search, "PROGRAMS", 10000)
+            patch.setattr(triton_search, "SPLIT_TILES", 0)
             patch.setattr(triton_search, "SCRATCH_BYTES", 1)
             assert same(run(problem, beam, device), expected)
 

@@ -98,6 +98,7 @@ def test_splits_and_parts_change_nothing(beam: int, device: str, monkeypatch: py
     splits, rank = [], triton_search._rank
     monkeypatch.setattr(triton_search, "_rank", lambda *a: (splits.append((found := rank(*a))[0].shape), found)[1])
     monkeypatch.setattr(triton_search, "PROGRAMS", 10000)
+    monkeypatch.setattr(triton_search, "SPLIT_TILES", 0)
     assert all(map(torch.equal, nearest(vectors, codebook, beam, device), expected))
     assert splits[-1][1] > 1
     monkeypatch.setattr(triton_search, "SCRATCH_BYTES", 8 * 40 * beam)

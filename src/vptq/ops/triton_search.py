@@ -28,6 +28,8 @@ RANK_ROWS, SETTLE_ROWS = 64, 8
 """Vectors of a program. Not measured on a GPU."""
 PROGRAMS = 2
 """Programs of `rank` to aim for on a multiprocessor, by sharing the centroids among them."""
+SPLIT_TILES = 4
+"""Tiles that a program scores at least for each that it remembers: `settle` looks at what all of them remember."""
 MAX_BEAM = 64
 PAIR_LIMIT = 65536
 """Up to so many pairs of main and residual centroids, their sums are searched as one codebook."""
@@ -202,7 +204,7 @@ def _rank(
 ) -> tuple[Tensor, Tensor]:
     """For each vector and split the best tiles: lowest scores and numbers [vectors, splits, slots]."""
     slots, blocks = _slots(book, beam), cut.blocks(RANK_ROWS)
-    least = 1 if slots == 1 else 4 * slots  # fewer tiles a split, and finding the best of all splits takes longer
+    least = 1 if slots == 1 else SPLIT_TILES * slots
     wanted = max(1, PROGRAMS * _multiprocessors(x.device) // blocks)
     tiles_a_split = max(-(-book.tiles // wanted), min(least, book.tiles))
     splits = -(-book.tiles // tiles_a_split)
