@@ -69,7 +69,7 @@ def test_a_log_gets_a_line_a_stage_and_one_now_and_then(capsys: Any, clock: Call
         clock(1.0)
     shown(ProgressEvent("layers", 1, 2, "q_proj loss 1%"))
     assert capsys.readouterr().err.splitlines() == [
-        *("loading", "sampling", "sampling 30 of 100, about 70 s left", "sampling 60 of 100, about 40 s left"),
+        *("sampling", "sampling 30 of 100, about 70 s left", "sampling 60 of 100, about 40 s left"),
         "q_proj loss 1%",
     ]
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import vptq
 from vptq.errors import ConfigError, VPTQError
+from vptq.progress import ProgressEvent
 
 
 @pytest.fixture
@@ -82,11 +83,11 @@ def test_a_limit_takes_the_first_examples_and_progress_counts_requests_of_both_m
     tiny_tasks: list[dict[str, Any]],
     tiny_task_dir: Path,
 ) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[ProgressEvent] = []
     options: dict[str, Any] = {"tasks": ["tiny_choices", "tiny_last_word"], "task_dir": tiny_task_dir, "limit": 7}
     result = vptq.evaluate(
         *(tiny_model, tiny_model),
-        **(options | {"tokenizer": tiny_tokenizer, "progress": lambda *event: seen.append(event)}),
+        **(options | {"tokenizer": tiny_tokenizer, "progress": seen.append}),
     )
     choices, last_word = result.tasks
     assert (choices.examples, last_word.examples) == (7, 7)
@@ -95,7 +96,7 @@ def test_a_limit_takes_the_first_examples_and_progress_counts_requests_of_both_m
     )
     assert choices.metrics == choices.reference_metrics
     total = 2 * 7 * (4 + 1)
-    assert seen == [("tasks", done, total) for done in range(1, total + 1)]
+    assert seen == [ProgressEvent("reading tasks"), *(ProgressEvent("tasks", n, total) for n in range(1, total + 1))]
 
 
 def test_both_models_see_the_same_examples_in_their_prompts_every_time(

@@ -141,15 +141,19 @@ class _Stage:
 
 
 class Lines(View):
-    """A line when a stage begins, lines worth keeping, and where there are none one every `LINE_SECONDS`."""
+    """A line when a stage that can be counted begins, lines worth keeping, and where there are none one every
+    `LINE_SECONDS`."""
 
     every = LINE_SECONDS
+    uncounted = False  # loading and reading pass; what fails there is to be one line in a log
 
     def __init__(self) -> None:
         self._stages: dict[str, _Stage] = {}
 
     def __call__(self, event: ProgressEvent) -> None:
         """Show one step, if it is time to."""
+        if not (event.total or event.message or self.uncounted):
+            return
         now = time.monotonic()
         stage = self._stages.get(event.stage)
         is_new = stage is None or event.done < stage.done
@@ -175,6 +179,7 @@ class JsonLines(Lines):
     where there are any `loss`, `layer` and `message`. A warning or an error is an object with just that."""
 
     every = JSON_SECONDS
+    uncounted = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
