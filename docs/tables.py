@@ -1,15 +1,17 @@
-"""Write the tables of README.md and of two pages of the docs from benchmarks/results, or check that they are current.
+"""Write the tables of README.md and of some pages of the docs from benchmarks/results, or check that they are current.
 
     python docs/tables.py [--check]
 
 A figure there that no committed result file holds is one that nobody can trace; so none is typed by hand.
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the
-keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss).
+keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss). Tables named gpu_*
+come from benchmarks/gpu_tables.py, which sets what a model predicts beside what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -24,6 +26,7 @@ PAGES = (
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "algorithm.md",
     ROOT / "docs" / "accuracy.md",
+    ROOT / "docs" / "gpu_predictions.md",
 )
 
 
@@ -125,7 +128,9 @@ TABLES: dict[str, tuple[Column, ...]] = {
 
 
 def render(name: str) -> str:
-    """The Markdown table of benchmarks/results/NAME.json."""
+    """The Markdown table of benchmarks/results/NAME.json, or the tables of a GPU."""
+    if name.startswith("gpu_"):
+        return str(gpu_tables().render(name.removeprefix("gpu_")))
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return f"(`{path.relative_to(ROOT)}` has not been measured yet.)"
@@ -133,6 +138,13 @@ def render(name: str) -> str:
     rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())["rows"]]
     lines = [[column.heading for column in columns], ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gpu_tables() -> Any:
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("gpu_tables")
 
 
 def fill(page: str) -> str:
