@@ -6,12 +6,15 @@ For every config, shape and number of tokens all ways of `vptq.ops.triton_paths`
 says where they cross and what its constants should be. A call is replayed from a CUDA graph, as a serving stack would,
 with the second-level cache flushed before it, as the other layers of a model do; times are medians. What a call costs
 outside a graph, Python included, is told for one layer. Codebooks and indices are random, the worst case for caches.
+AQLM's kernels are timed last, where the package `aqlm` runs (gpu_peers.py).
 
 Before that a whole Llama-2-7B of random weights (llama.py) generates in a CUDA graph, in float16 and in each config:
 tokens a second, with layers that read the same input run together and apart, and memory.
 
-Kernels are compiled first, by several processes at once. When the time is over the rest is left out, by name. One line
-of JSON comes last; it is also written to benchmarks/results/gpu-NAME.json.
+Kernels are compiled first, by several processes at once. 8 configs x 7 shapes x 7 numbers of tokens are 392 rows; by
+arithmetic (22 timings of 45 ms and 31 trials of tiles of 60 ms for each layer) they take three minutes. When --seconds
+are over the rest is left out, by name; what there is lies in benchmarks/results/gpu-NAME.json after every layer. Tables
+follow, and one line of JSON last.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import torch
+from gpu_model import CONFIGS, SHAPES, TOKENS
+from gpu_peers import Peers
 from llama import Shape, end_to_end, random_layer
 from torch import Tensor
 from torch.nn import functional
@@ -39,11 +45,7 @@ from vptq.linear import VQuantLinear
 from vptq.ops import triton_paths
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ("v8-k256-256", "v4-k256", "v8-k4096", "v6-k4096", "v8-k65536", "v8-k65536-256")
-TOKENS = (1, 2, 4, 8, 16, 64, 512)
 WAYS = (triton_paths.CUDA, triton_paths.VECTOR, triton_paths.TILES, triton_paths.DENSE)
-# out x in; 7B first, because what comes last may be left out.
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672))
 LIMITS = {triton_paths.CUDA: triton_paths.CUDA_TOKENS, triton_paths.VECTOR: 8}
 """The most tokens that a way takes, or for which one at a time is worth timing."""
 
@@ -191,6 +193,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def write(result: dict[str, Any], path: Path) -> None:
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(result, indent=2) + "\n")
+    partial_path.replace(path)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="after so long, start nothing new")
@@ -211,6 +219,7 @@ def main() -> None:
 
     from vptq.ops import triton_tiles
 
+    peers = Peers()
     result: dict[str, Any] = {
         "benchmark": "gpu",
         "device": torch.cuda.get_device_name(),
@@ -225,6 +234,9 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+    result |= {"rows": rows, "left_out": left_out}
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
 
     def has_time() -> bool:
         return time.monotonic() - began <= arguments.seconds
@@ -240,18 +252,21 @@ def main() -> None:
             for name in configs:
                 if has_time():
                     rows += measure(name, shape, tokens, fp16)
+                    write(result, path)
                 else:
                     left_out.append(f"{name} {shape[0]}x{shape[1]}")
-    result |= {"rows": rows, "left_out": left_out, "crossovers_measured": crossovers(rows)}
+        peers.measure(SHAPES, tokens, microseconds, began + arguments.seconds)
+    result |= {"peers": peers.rows, "peers_missing": peers.missing, "crossovers_measured": crossovers(rows)}
     result["tiles"] = {key: str(tile) for key, tile in triton_tiles._chosen.items()}
     for name, seconds in result["eager_microseconds"].items():
         print(f"{name:14} one token, {SHAPES[0][0]}x{SHAPES[0][1]}, outside a graph: {seconds:.0f} us a call")
     print(f"fastest ways: {result['crossovers_measured']}, in use: {result['crossovers_used']}")
     if left_out:
         print(f"left out, the time was over: {', '.join(left_out)}")
-    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    if peers.missing:
+        print(f"other kernels: {peers.missing}")
+    gpu_tables.show(result)
+    write(result, path)
     print(json.dumps(result))
 
 

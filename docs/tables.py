@@ -4,13 +4,15 @@
 
 A figure there that no committed result file holds is one that nobody can trace; so none is typed by hand.
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and shows the "rows" of NAME.json: objects with the
-keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss). `options.py` and
+keys of its columns, of which any may be absent (a row for the unquantized model has no proxy loss). Tables named gpu_*
+come from benchmarks/gpu_tables.py, which sets what a model predicts beside what was measured. `options.py` and
 `sizes.py` say what stands behind `<!-- options ... -->` and `<!-- sizes ... -->`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -126,13 +128,22 @@ TABLES: dict[str, tuple[Column, ...]] = {
 
 
 def render(name: str) -> str:
-    """The Markdown table of benchmarks/results/NAME.json."""
+    """The Markdown table of benchmarks/results/NAME.json, or the tables of a GPU."""
+    if name.startswith("gpu_"):
+        return str(gpu_tables().render(name.removeprefix("gpu_")))
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return f"(`{path.relative_to(ROOT)}` has not been measured yet.)"
     columns = TABLES[name]
     rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())["rows"]]
     return table([[column.heading for column in columns], *rows])
+
+
+def gpu_tables() -> Any:
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("gpu_tables")
 
 
 def fill(page: str) -> str:

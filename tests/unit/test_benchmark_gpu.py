@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(PATH.parent)
+    monkeypatch.syspath_prepend(str(PATH.parent))
     spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
     assert spec is not None
     assert spec.loader is not None
@@ -56,6 +57,51 @@ def test_rows_compare_the_way_that_serves_with_float16(gpu: ModuleType, monkeypa
     assert [sorted(row["microseconds"]) for row in rows] == [["dense", "tiles", "vector"], *[["dense", "tiles"]] * 2]
     stored = sum(parameter.nbytes for parameter in layer.parameters())
     assert rows[0]["gb_per_second"] == pytest.approx(stored / 2e-6 / 1e9)
+
+
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_a_whole_run_writes_what_it_had_time_for(
+    seconds: int, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU, at toy sizes and with the reference in place of all kernels."""
+    pytest.importorskip("triton")
+    shapes = ((32, 64), (64, 32))
+    spec = QuantSpec.parse("v8-k16")
+    layers = {shape: spec.for_layer(shape[1], shape[0], False) for shape in shapes}
+    functions = {
+        "compile_all": lambda configs: 1.0,
+        "bandwidth": lambda: 1e12,
+        "eager_microseconds": lambda layer: 20.0,
+        "microseconds": lambda work: work() is not None and 5.0,
+        "random_layer": lambda name, shape: VQuantLinear.from_weight(random_weight(layers[shape]), torch.float16),
+        "run": lambda way, layer, x: None if way == "cuda" else layer(x),
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(gpu, name, function)
+    monkeypatch.setattr(gpu, "SHAPES", shapes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    for name in ("randn", "zeros"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, make=make, **rest: make(*size, **rest | {"device": "cpu"}))
+    path = tmp_path / "gpu-a-card.json"
+    options = ["--seconds", seconds, "--configs", "v8-k16", "--tokens", "1,16", "--json", path]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, options)])
+    gpu.main()
+    told = capsys.readouterr().out
+    result = json.loads(told.splitlines()[-1])
+    assert result == json.loads(path.read_text())
+    assert list(tmp_path.iterdir()) == [path]
+    found = [(row["shape"], row["tokens"], row["served"]) for row in result["rows"]]
+    if seconds:
+        expected = [(1, "vector"), (16, "tiles")]
+        assert found == [(shape, *what) for shape in ("32x64", "64x32") for what in expected]
+        assert not result["left_out"]
+    else:
+        assert found == []
+        assert "left out, the time was over: v8-k16 32x64, v8-k16 64x32" in told
+    assert result["device"] == "A card"
+    assert {"torch", "triton", "cuda", "commit", "peers", "peers_missing"} <= result.keys()
 
 
 @pytest.mark.parametrize(
