@@ -85,7 +85,7 @@ def test_a_whole_run_writes_what_it_had_time_for(
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *size, make=make, **rest: make(*size, **rest | {"device": "cpu"}))
     path = tmp_path / "gpu-a-card.json"
-    options = ["--seconds", seconds, "--configs", "v8-k16", "--tokens", "1,16", "--json", path]
+    options = ["--seconds", seconds, "--generate", 0, "--configs", "v8-k16", "--tokens", "1,16", "--json", path]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, options)])
     gpu.main()
     told = capsys.readouterr().out
