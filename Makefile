@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+JOBS ?= auto
 
 BIN := $(VENV)/bin
 # Elsewhere pip says what it is doing: the first install takes minutes.
@@ -23,8 +24,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# A worker a core, each with one thread: two with two threads each would wait for one another.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 # With the Python that has a torch for this machine's GPU, and no network: what it needs is torch, triton, pytest and
 # hypothesis; with cuda-core the CUDA kernels are run too, with transformers its generate. Compiling is most of the time,
