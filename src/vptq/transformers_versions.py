@@ -79,12 +79,13 @@ def renaming(model: PreTrainedModel) -> Renaming:
 
 
 def _renaming_of_version_4(model: Any) -> Renaming:
-    from transformers.modeling_utils import VLMS
+    from transformers import modeling_utils
 
     prefix = f"{model.base_model_prefix}."
     parameters = model.state_dict()
     kind = type(model).__name__.lower()
-    patterns = model._checkpoint_conversion_mapping if any(name in kind for name in VLMS) else None
+    vlms: Iterable[str] = vars(modeling_utils)["VLMS"]  # the only ones whose mapping counts in 4.57
+    patterns = model._checkpoint_conversion_mapping if any(name in kind for name in vlms) else None
 
     def rename(name: str) -> tuple[str, bool]:
         renamed = model._get_key_renaming_mapping([name], patterns)[name]
