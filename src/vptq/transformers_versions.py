@@ -83,8 +83,9 @@ def _renaming_of_version_4(model: Any) -> Renaming:
 
     prefix = f"{model.base_model_prefix}."
     parameters = model.state_dict()
-    kind, families = type(model).__name__.lower(), getattr(modeling_utils, "VLMS", ())
-    patterns = model._checkpoint_conversion_mapping if any(name in kind for name in families) else None
+    kind = type(model).__name__.lower()
+    vlms: Iterable[str] = vars(modeling_utils)["VLMS"]  # the only ones whose mapping counts in 4.57
+    patterns = model._checkpoint_conversion_mapping if any(name in kind for name in vlms) else None
 
     def rename(name: str) -> tuple[str, bool]:
         renamed = model._get_key_renaming_mapping([name], patterns)[name]

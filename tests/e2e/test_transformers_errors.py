@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import transformers
-from versions import IS_VERSION_4, needs_transformers_5
+from versions import IS_VERSION_4, needs_transformers
 
 import vptq
 from vptq.errors import CheckpointError, ConfigError
@@ -197,7 +197,7 @@ def test_a_pickle_is_not_read(make_checkpoint, tmp_path):
         load(folder)
 
 
-@needs_transformers_5("opens a single file before it asks anybody")
+@needs_transformers("5.0", "opens a single file before it asks anybody")
 def test_a_disguised_pickle_is_not_read(make_checkpoint, tmp_path):
     stored = make_checkpoint()
     folder = stored.write(tmp_path / "pickled")
@@ -264,7 +264,7 @@ def test_legacy_carriers_cannot_be_offloaded(make_checkpoint, tmp_path):
         load(stored.write(tmp_path / "old"), device_map=device_map, offload_folder=tmp_path / "offload")
 
 
-@needs_transformers_5("cannot put a whole model on disk")
+@needs_transformers("5.0", "cannot put a whole model on disk")
 def test_no_device_boundary_inside_a_layer(make_checkpoint, monkeypatch, tmp_path):
     """A model that names no unsplittable blocks is cut wherever memory ends, but not between indices and codebooks."""
     for model_class in (transformers.LlamaPreTrainedModel, transformers.LlamaModel, transformers.LlamaForCausalLM):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from versions import IS_VERSION_4, needs_transformers_5
+from versions import IS_VERSION_4, needs_transformers
 
 from vptq.config import LayerConfig
 from vptq.errors import ConfigError
@@ -203,7 +203,7 @@ def test_the_output_embedding_may_be_quantized(make_checkpoint, tmp_path):
         assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-@needs_transformers_5("looks for it at the top alone")
+@needs_transformers("5.17", "looks for it at the top alone")
 def test_quantization_config_inside_the_text_config(make_checkpoint, tmp_path):
     """Composite models: the algorithm branch wrote into text_config."""
     stored = make_checkpoint(dtype=torch.float32)
@@ -239,7 +239,7 @@ def test_quantization_config_inside_the_text_config(make_checkpoint, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@needs_transformers_5("has no such model")
+@needs_transformers("5.17", "has no such model")
 def test_the_text_model_of_a_composite_checkpoint(make_checkpoint, tmp_path):
     """AutoModelForCausalLM takes the text model out of some composites, and renames everything on the way."""
     stored = make_checkpoint("qwen3.5 text", torch.float32)
@@ -265,7 +265,7 @@ def test_the_text_model_of_a_composite_checkpoint(make_checkpoint, tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved")), logits(alone))
 
 
-@needs_transformers_5("its experts are linear layers")
+@needs_transformers("5.0", "has experts of linear layers")
 def test_quantized_attention_beside_dense_experts(make_checkpoint, tmp_path):
     """transformers fuses the experts' weights while loading: their stored shapes are nobody's parameters."""
     stored = copy.deepcopy(make_checkpoint("mixtral", torch.float32))

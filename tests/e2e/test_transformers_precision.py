@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from versions import needs_transformers_5
+from versions import needs_transformers
 
 from vptq.errors import CheckpointError
 from vptq.integrations import precision
@@ -31,7 +31,7 @@ def test_only_bfloat16_on_a_card_without_it_changes(has_bfloat16, device_map, ca
     assert caplog.messages == ([] if has_bfloat16 else ["An old card has no bfloat16: the model runs in float16"])
 
 
-@needs_transformers_5("settles the dtype before it is told of devices")
+@needs_transformers("5.0", "settles the dtype before it is told of devices")
 def test_a_checkpoint_runs_as_float16_if_it_fits(make_checkpoint, monkeypatch, caplog):
     monkeypatch.setattr(precision, "_without_bfloat16", lambda device_map: f"a card of {device_map}")
     stored = make_checkpoint("llama", torch.bfloat16)
@@ -44,7 +44,7 @@ def test_a_checkpoint_runs_as_float16_if_it_fits(make_checkpoint, monkeypatch, c
         precision.check_fits(model)
 
 
-@needs_transformers_5("settles the dtype before it is told of devices")
+@needs_transformers("5.0", "settles the dtype before it is told of devices")
 def test_numbers_beyond_float16_are_found_while_loading(make_checkpoint, monkeypatch, tmp_path):
     stored = make_checkpoint("llama", torch.bfloat16)
     model = transformers.AutoModelForCausalLM.from_pretrained(stored.folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from versions import needs_transformers
 
 from vptq import source
 from vptq.errors import CheckpointError, ConfigError
@@ -158,6 +159,7 @@ def smollm_gguf() -> Path:
     return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@needs_transformers("5.17", "puts a token before every text of this tokenizer")
 def test_gguf_model_tokenizer_and_config(smollm_gguf: Path) -> None:
     assert load_config(smollm_gguf).num_hidden_layers == 30
     tokenizer = load_tokenizer(smollm_gguf)
