@@ -29,8 +29,8 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 # With the Python that has a torch for this machine's GPU, and no network: what it needs is torch, triton, pytest and
-# hypothesis; with cuda-core the CUDA kernels are run too, with transformers its generate. Compiling is most of the time,
-# so pytest-xdist is used where it is.
+# hypothesis; with cuda-core the CUDA kernels are run too, and watched where compute-sanitizer is; with transformers its
+# generate. Compiling is most of the time, so pytest-xdist is used where it is.
 gpu:
 	PYTHONPATH=src VPTQ_TRITON_TUNE=0 $(PYTHON) -m pytest -q -m gpu tests/kernels/test_triton*.py tests/kernels/test_cuda*.py \
 		tests/unit/test_gpu_solver.py \

@@ -54,3 +54,46 @@ def test_numbers_beyond_float16_are_found_while_loading(make_checkpoint, monkeyp
     monkeypatch.setattr(precision, "_without_bfloat16", lambda device_map: "a card")
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds numbers beyond float16's 65504"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(30000.0, True), (60000.0, False)])
+def test_weights_made_of_numbers_that_fit_are_checked_too(make_checkpoint, monkeypatch, tmp_path, scale, fits):
+    """An entry of 2 times a scale; that another column has a large bias does not matter."""
+    stored = make_checkpoint("llama", torch.bfloat16)
+    for name, tensor in stored.tensors.items():
+        if name.endswith("layers.1.self_attn.q_proj.centroids.weight"):
+            tensor.fill_(2.0)
+        elif name.endswith("layers.1.self_attn.q_proj.res_centroids.weight"):
+            tensor.fill_(0.0)
+        elif name.endswith("layers.1.self_attn.q_proj.weight_scale"):
+            tensor[5] = scale
+        elif name.endswith("layers.1.self_attn.q_proj.weight_bias"):
+            tensor[6] = 60000.0
+    folder = stored.write(tmp_path / "large")
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(precision, "_without_bfloat16", lambda device_map: "a card")
+    if fits:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == torch.float16
+        assert model.model.layers[1].self_attn.q_proj.dequantize().abs().max() > 59000
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"the weight of model\.layers\.1\.self_attn\.q_proj holds numbers beyond"
+        ):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", torch.bfloat16])
+def test_the_dtype_asked_for_changes_nothing_about_it(make_checkpoint, monkeypatch, caplog, dtype):
+    """On an old card; the outputs are those of float16."""
+    stored = make_checkpoint("llama", torch.bfloat16)
+    asked = {} if dtype is None else {"dtype": dtype}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(stored.folder, dtype=torch.float16)
+    monkeypatch.setattr(precision, "_without_bfloat16", lambda device_map: "An old card")
+    model = transformers.AutoModelForCausalLM.from_pretrained(stored.folder, **asked)
+    assert caplog.messages == ["An old card has no bfloat16: the model runs in float16"]
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode():
+        found = model(ids).logits
+        assert found.isfinite().all()
+        assert torch.equal(found, expected(ids).logits)

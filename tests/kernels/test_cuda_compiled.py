@@ -71,14 +71,20 @@ def test_bfloat16_compiles() -> None:
     assert cuda_compile.compile_kernel(kind.parameters(1), "sm_86", io.StringIO()).code
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_compiles_the_same_text(tmp_path: Path) -> None:
-    kind = kind_of(torch.float16, 8, 12, 0, A100)
+@pytest.mark.parametrize("form", FORMS)
+def test_nvcc_compiles_every_form_without_a_warning(form: str, tmp_path: Path) -> None:
+    """The tool's own compiler; every number of tokens occurs."""
+    kind = kind_of(torch.float16, *FORMS[form], A100)
     assert kind is not None
-    defined = f"#define VPTQ_KERNEL {kind.parameters(1)}\n"  # nvcc would split a -D at its commas
+    tokens = TOKENS[list(FORMS).index(form) % len(TOKENS)]
+    defined = f"#define VPTQ_KERNEL {kind.parameters(tokens)}\n"  # nvcc would split a -D at its commas
     (tmp_path / "decode.cu").write_text(defined + cuda_compile.source())
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cubin", "decode.cu", "-o", "decode.cubin"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    options = ["-std=c++17", "-arch=sm_80", "-Werror", "all-warnings"]
+    command = ["nvcc", *options, "-cubin", "decode.cu", "-o", "decode.cubin"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @NVRTC
