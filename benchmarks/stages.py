@@ -149,9 +149,9 @@ def timed(clock: Clock) -> Iterator[None]:
 
     def weigh(function: Callable[..., Any]) -> Callable[..., Any]:
         # A refit stops when it is done, so only its products themselves tell how many there were.
-        def run(hessian: Tensor, columns: Tensor) -> Any:
+        def run(hessian: Tensor, columns: Tensor, rows: Tensor | None) -> Any:
             clock.product(2.0 * hessian.numel() * columns.shape[1] if hessian.dim() == 2 else 0.0)
-            return function(hessian, columns)
+            return function(hessian, columns, rows)
 
         return run
 

@@ -18,7 +18,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 Run = Callable[..., tuple[int, str, str]]
-STATUS = re.compile(r"\d+ tokens \| .* \| context \d+ of 256 \| memory [\d.]+ MB")
+STATUS = re.compile(r"\d+ tokens \| .* \| context \d+ of 256 \| memory [\d.]+ [MG]B")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def test_eval_prints_and_writes_the_figures(run: Run, tiny_model_folder: Path, t
     text.write_text("ba de fi go ku " * 20)
     status, out, err = run(
         *("eval", tiny_model_folder, "--reference", tiny_model_folder, "--text", text),
-        *("--seqlen", "16", "--windows", "3", "--json", figures, "--device", "cpu"),
+        *("--seqlen", "16", "--windows", "3", "--json", figures, "--device", "cpu", "--quiet"),
     )
     assert (status, err) == (0, "")
     measured = json.loads(figures.read_text())
@@ -38,7 +38,7 @@ def test_eval_measures_texts_and_tasks_in_one_run(
     status, out, err = run(
         *("eval", tiny_model_folder, "--reference", tiny_model_folder, "--text", texts[0], "--text", texts[1]),
         *("--seqlen", "16", "--windows", "3", "--tasks", "tiny_choices, tiny_last_word", "--task-dir", tiny_task_dir),
-        *("--limit", "9", "--batch-size", "3", "--json", figures, "--device", "cpu"),
+        *("--limit", "9", "--batch-size", "3", "--json", figures, "--device", "cpu", "--quiet"),
     )
     assert (status, err) == (0, "")
     measured = json.loads(figures.read_text())

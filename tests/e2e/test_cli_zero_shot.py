@@ -51,7 +51,7 @@ def test_a_quantized_folder_answers_the_common_tasks(
     tiny_tokenizer.save_pretrained(folder)
     arguments = ("--tasks", ",".join(TASKS), "--task-dir", task_dir, "--limit", "3", "--json", figures)
     with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in ("eval", folder, *arguments, "--device", "cpu", "--dtype", "float32")])
+        main([str(word) for word in ("eval", folder, *arguments, "--device", "cpu", "--dtype", "float32", "--quiet")])
     captured = capsys.readouterr()
     assert (caught.value.code or 0, captured.err) == (0, "")
     measured = json.loads(figures.read_text())

@@ -21,8 +21,8 @@ def test_speed_counts_the_tokens_after_the_first() -> None:
     clock = TokenTimes()
     for _ in range(2):  # the prompt and one token
         clock.put(torch.ones(1))
-    assert (len(clock.times), clock.tokens_per_second) == (1, 0.0)
-    clock.times = [10.0, 10.5, 11.0, 12.0]
+    assert (len(clock._times), clock.tokens_per_second) == (1, 0.0)
+    clock._times = [10.0, 10.5, 11.0, 12.0]
     assert clock.tokens_per_second == pytest.approx(3 / 2)
 
 

@@ -139,7 +139,7 @@ def test_who_leaves_before_the_first_event_is_not_answered() -> None:
         async def receive() -> Any:
             return {"type": "http.disconnect"}
 
-        await EventStream(answer, Reply("tiny"), 1, False)({"type": "http"}, receive, send)
+        await EventStream(answer, Reply("tiny"), False)({"type": "http"}, receive, send)
         return answer.is_stopped()
 
     assert asyncio.run(leave())
