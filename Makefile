@@ -26,7 +26,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q $(ARGS)
 
 # With the Python that has a torch for this machine's GPU, and no network: what it needs is torch, triton, pytest and
-# hypothesis; with cuda-core the CUDA kernels are run too, and watched where compute-sanitizer is. Compiling is most of the time, so pytest-xdist is used where it is.
+# hypothesis; with cuda-core the CUDA kernels are run too, and watched where compute-sanitizer is. Compiling is most of
+# the time, so pytest-xdist is used where it is.
 gpu:
 	PYTHONPATH=src VPTQ_TRITON_TUNE=0 $(PYTHON) -m pytest -q -m gpu tests/kernels/test_triton*.py tests/kernels/test_cuda*.py \
 		$(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
