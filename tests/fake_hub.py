@@ -64,9 +64,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.hub.requests.append((self.command, path))
         if path.startswith("/api/models/"):
-            repo = path.removeprefix("/api/models/").partition("/revision/")[0]
+            repo, _, place = path.removeprefix("/api/models/").partition("/revision/")[0].partition("/tree/")
             if repo not in self.hub.files:
                 return self._reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            if place:
+                return self._tree(repo, place.partition("/")[2])
             siblings = [{"rfilename": name, "size": len(data)} for name, data in self.hub.files[repo].items()]
             card = {"license": self.hub.licenses[repo]} if repo in self.hub.licenses else None
             return self._reply(200, {"id": repo, "sha": COMMIT, "siblings": siblings, "cardData": card})
@@ -76,6 +78,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         etag = {"ETag": f'"{sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
         return self._reply(200, data, etag)
+
+    def _tree(self, repo: str, folder: str) -> None:
+        if folder:  # none has any
+            return self._reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        files = self.hub.files[repo].items()
+        return self._reply(
+            200, [{"type": "file", "path": name, "size": len(d), "oid": sha1(d).hexdigest()} for name, d in files]
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
