@@ -32,8 +32,8 @@ from vptq.quantize.planner import check_budget, follow_plan
 from vptq.quantize.report import LayerReport, ProgressCallback, ProgressEvent, Report
 from vptq.quantize.setup import prepare
 from vptq.quantize.skeleton import Skeleton, head_of
-from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 
 def quantize(

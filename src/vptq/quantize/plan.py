@@ -16,8 +16,8 @@ from vptq.quantize.candidates import Candidate
 from vptq.quantize.job import Job
 from vptq.quantize.sensitivity import Sensitivity, alike_layers
 from vptq.quantize.skeleton import find_blocks, head_of
-from vptq.quantize.weights import tied_weights
 from vptq.spec import QuantSpec
+from vptq.transformers_versions import tied_weights
 
 HEADER_BYTES = 128
 """A tensor's entry in a safetensors header beside its name, generously."""
