@@ -56,6 +56,7 @@ def test_numbers_beyond_float16_are_found_while_loading(make_checkpoint, monkeyp
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@needs_transformers("5.0", "settles the dtype before it is told of devices")
 @pytest.mark.parametrize(("scale", "fits"), [(30000.0, True), (60000.0, False)])
 def test_weights_made_of_numbers_that_fit_are_checked_too(make_checkpoint, monkeypatch, tmp_path, scale, fits):
     """An entry of 2 times a scale; that another column has a large bias does not matter."""
@@ -83,6 +84,7 @@ def test_weights_made_of_numbers_that_fit_are_checked_too(make_checkpoint, monke
             transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@needs_transformers("5.0", "settles the dtype before it is told of devices")
 @pytest.mark.parametrize("dtype", [None, "auto", torch.bfloat16])
 def test_the_dtype_asked_for_changes_nothing_about_it(make_checkpoint, monkeypatch, caplog, dtype):
     """On an old card; the outputs are those of float16."""
