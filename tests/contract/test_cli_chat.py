@@ -151,7 +151,7 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it, and so would their children
             os.environ.update(TERM="xterm", COLUMNS="100")
             os.execvp(command[0], command)
         self.seen = ""
