@@ -1,6 +1,6 @@
 """How long until the first word of an answer can be read: in `vptq chat` on a terminal, and in `vptq app` in a browser.
 
-    python benchmarks/first_token.py DIR [--rounds 5] [--prompt TEXT] [--json FILE] [--note TEXT]
+    python benchmarks/first_token.py DIR [--rounds 7] [--prompt TEXT ...] [--json FILE] [--note TEXT]
 
 Both run at once and take turns, so that whatever else the machine does slows both. The terminal is a pseudo-terminal,
 the browser Chromium without a window; seconds are from the key that sends the question to the first letter of the
@@ -28,7 +28,17 @@ from typing import Any
 
 from playwright import sync_api
 
+from vptq.shards import write_json
+
 PATIENCE = 600.0  # seconds until something is taken for stuck
+SHORT = "Why is the sky blue? Explain it to a child in three short sentences."
+LONG = """My sister and I are planning a week in the mountains with our three children, who are four, seven and eleven
+ years old. We would like to walk every day, but not for longer than three hours, to swim in a lake at least twice, and
+ to visit one old town with a market. The youngest one gets tired quickly and is afraid of dogs, the middle one collects
+ stones, and the eldest wants to see a glacier from near by. We have a car, two small tents and a cooker, and we do not
+ want to spend more than eighty a day on food and places to sleep. Please write a plan for the seven days.""".replace(
+    "\n", ""
+)
 
 
 class Terminal:
@@ -95,11 +105,12 @@ class Page:
         self._page.goto(f"http://127.0.0.1:{port}", wait_until="domcontentloaded")
         self._page.wait_for_selector("#question textarea")
 
-    def set_tokens(self, tokens: int) -> None:
-        """Change how long answers may be."""
+    def set(self, **settings: float) -> None:
+        """Change settings, by the names of their sliders."""
         self._page.get_by_text("Settings").click()
-        self._page.fill("#tokens input[type=number]", str(tokens))
-        self._page.press("#tokens input[type=number]", "Tab")
+        for name, value in settings.items():
+            self._page.fill(f"#{name} input[type=number]", str(value))
+            self._page.press(f"#{name} input[type=number]", "Tab")
 
     def ask(self, question: str) -> float:
         """Seconds to the first letter of the answer, which is then waited for; the conversation is forgotten."""
@@ -123,47 +134,60 @@ class Page:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A row a question."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         terminal, page = Terminal(arguments.folder), Page(arguments.folder, browser)
-        terminal.set("max_new_tokens=4")
-        page.set_tokens(4)
+        # Where tokens are drawn, a small model at few bits now and then says nothing at all.
+        terminal.set("max_new_tokens=4 temperature=0")
+        page.set(tokens=4, temperature=0)
         for talker in (terminal, page):  # the page loads its model at the first question
-            talker.ask(arguments.prompt)
-        questions = [f"{number}. {arguments.prompt}" for number in range(arguments.rounds)]
-        rounds = [(terminal.ask(question), page.ask(question)) for question in questions]
+            talker.ask(SHORT)
+        rows = [compare(terminal, page, question, arguments.rounds) for question in arguments.prompt or (SHORT, LONG)]
         terminal.close()
         page.close()
         browser.close()
-    on_terminal, on_page = ([each[side] for each in rounds] for side in (0, 1))
     return {
         "benchmark": "first_token",
         "model": arguments.folder.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "note": arguments.note,
         "rounds": arguments.rounds,
-        "terminal_seconds": statistics.median(on_terminal),
-        "page_seconds": statistics.median(on_page),
-        "page_over_terminal": statistics.median(on_page) / statistics.median(on_terminal),
+        "rows": rows,
+        "hosts": sorted(page.hosts),
+    }
+
+
+def compare(terminal: Terminal, page: Page, question: str, rounds: int) -> dict[str, Any]:
+    """Ask both in turn."""
+    questions = [f"{number}. {question}" for number in range(rounds)]
+    on_terminal, on_page = zip(*((terminal.ask(question), page.ask(question)) for question in questions), strict=True)
+    medians = statistics.median(on_terminal), statistics.median(on_page)
+    return {
+        "words": len(question.split()),
+        "terminal_seconds": medians[0],
+        "page_seconds": medians[1],
+        "page_over_terminal": medians[1] / medians[0],
         "all_terminal_seconds": on_terminal,
         "all_page_seconds": on_page,
-        "hosts": sorted(page.hosts),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a quantized model with a chat template")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", default="Why is the sky blue? Explain it to a child in three short sentences.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a question (default: a short and a long one)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--note", default="", help="about the machine, for the file")
     arguments = parser.parse_args()
     result = measure(arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 

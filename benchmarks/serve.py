@@ -27,6 +27,8 @@ from typing import Any
 
 import openai
 
+from vptq.shards import write_json
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -153,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, {"rows": [result]})
     for key, value in result.items():
         print(f"{key:20} {value:.3f}" if isinstance(value, float) else f"{key:20} {value}")
     print(json.dumps(result))

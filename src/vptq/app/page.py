@@ -54,7 +54,9 @@ def make_page(choices: Sequence[Choice], engine: Engine, chat: Chat, monitor: Mo
             system = gr.Textbox(label="System message", max_length=MOST_CHARACTERS, elem_id="system")
             with gr.Row():
                 tokens = gr.Slider(1, MOST_TOKENS, 500, step=1, label="Most tokens of an answer", elem_id="tokens")
-                temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest token)")
+                temperature = gr.Slider(
+                    0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest token)", elem_id="temperature"
+                )
                 top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
         with gr.Row():
             charts = [
@@ -72,37 +74,32 @@ def make_page(choices: Sequence[Choice], engine: Engine, chat: Chat, monitor: Mo
         settings = [left_model, right_model, beside, system, tokens, temperature, top_p]
         shown = [left, left_status, right, right_status]
 
-        async def answer(
-            left_model: str, right_model: str, beside: bool, system: str, tokens: float, temperature: float,
-            top_p: float, left: History, right: History,
+        async def ask(
+            question: str, left_model: str, right_model: str, beside: bool, system: str, tokens: float,
+            temperature: float, top_p: float, left: History, right: History,
         ) -> AsyncIterator[Any]:  # fmt: skip
-            sampling = Sampling(int(tokens), temperature, top_p)
-            sides = [(left_model, left)] + ([(right_model, right)] if beside else [])
+            if not question.strip():
+                return
+            turn = {"role": "user", "content": question[:MOST_CHARACTERS]}
+            left, right = [*left, turn], [*right, turn] if beside else right
             done = [left, "", right, ""]
-            for side, (model, history) in enumerate(sides):
-                if not history or history[-1]["role"] != "user":
-                    continue
-                told = [{"role": "system", "content": system}] if system else []
+            yield "", *done
+            sampling = Sampling(int(tokens), temperature, top_p)
+            told = [{"role": "system", "content": system}] if system else []
+            for side, (model, history) in enumerate([(left_model, left), (right_model, right)][: 2 if beside else 1]):
                 async for text, status in chat.answer(model, [*told, *history], sampling):
                     reply = [{"role": "assistant", "content": text}] if text else []
                     done[2 * side : 2 * side + 2] = [*history, *reply], status
-                    yield done
+                    yield gr.skip(), *done  # the next question may be being written
 
-        def ask(question: str, beside: bool, left: History, right: History) -> tuple[Any, ...]:
-            if not question.strip():
-                return question, left, right
-            turn = {"role": "user", "content": question[:MOST_CHARACTERS]}
-            return "", [*left, turn], [*right, turn] if beside else right
-
-        asked = gr.on(
+        # One event for the question and its answer: each event takes the way to the server and back.
+        answering = gr.on(
             [question.submit, send.click],
             ask,
-            [question, beside, left, right],
-            [question, left, right],
-            queue=False,
+            [question, *settings, left, right],
+            [question, *shown],
             show_progress="hidden",
         )
-        answering = asked.then(answer, [*settings, left, right], shown, show_progress="hidden")
         stop.click(None, cancels=[answering])
         clear.click(lambda: ([], "", [], ""), None, shown, queue=False, cancels=[answering])
         beside.change(
