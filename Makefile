@@ -11,7 +11,7 @@ ARGS ?=
 JOBS ?= auto
 
 BIN := $(VENV)/bin
-# Elsewhere pip says what it is doing: the first install takes minutes.
+# Elsewhere pip says what it is doing, the newest without long silences: the first install takes minutes.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet)
 BUILD_FILES := pyproject.toml setup.py $(wildcard csrc/*)
 
@@ -64,6 +64,7 @@ clean:
 
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
 	$(PIP) $(TORCH) "setuptools>=77"
 	@touch $@
 

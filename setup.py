@@ -8,6 +8,9 @@ stable ABI we use, and against Python's limited API, so that one binary serves e
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import setup
@@ -23,6 +26,24 @@ def skip(reason: str) -> dict:
     return {}
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """Print now and then: pip turns its wheel once for every line, and a file takes the compiler ten seconds."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(2):
+            print("still compiling", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def extension() -> dict:
     if os.environ.get("VPTQ_SKIP_EXTENSION") == "1":
         return skip("VPTQ_SKIP_EXTENSION=1")
@@ -34,7 +55,8 @@ def extension() -> dict:
     class OptionalBuild(BuildExtension):
         def run(self) -> None:
             try:
-                super().run()
+                with heard():
+                    super().run()
             except Exception as error:
                 skip(f"the compiler failed: {str(error).splitlines()[0]}")
 
