@@ -12,6 +12,7 @@ from vptq.errors import CalibrationError, ConfigError
 from vptq.progress import ProgressEvent
 from vptq.quantize.calibration import load_calibration
 from vptq.quantize.sampling import PreallocatedLayer, sample_sequences
+from vptq.quantize.setup import checked_calibration
 
 BOS = 1
 
@@ -178,3 +179,50 @@ def test_impossible_calibrations_are_refused(tmp_path: Path, tiny_tokenizer: Pre
     for sequences, seqlen in ((0, 8), (1, 1)):
         with pytest.raises(ConfigError, match="at least"):
             load_calibration("self", tiny_tokenizer, sequences, seqlen, seed=0, model_loader=no_model)
+
+
+def test_several_texts_take_turns(
+    tmp_path: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.txt").write_text("ba " * 200)
+    (tmp_path / "b.txt").write_text("de " * 200)
+    sources = [str(tmp_path / "a.txt"), "self", str(tmp_path / "b.txt")]
+    alone = [load_calibration(source, tiny_tokenizer, 3, 8, 1, lambda: tiny_model).tokens for source in sources]
+    mixed = load_calibration(", ".join(sources), tiny_tokenizer, 8, 8, 1, lambda: tiny_model)
+    assert mixed.tokens.shape == (8, 8)
+    assert torch.equal(mixed.tokens[0::3], alone[0])
+    assert torch.equal(mixed.tokens[1::3], alone[1])
+    assert torch.equal(mixed.tokens[2::3], alone[2][:2])
+    assert mixed.description == (
+        "3 x 8 tokens of a.txt, 3 x 8 tokens sampled from the model itself (seed 1), 2 x 8 tokens of b.txt"
+    )
+    assert mixed.warning is None
+
+
+def test_a_mix_with_a_short_text_has_fewer_of_it(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "long.txt").write_text("ba " * 200)
+    (tmp_path / "short.txt").write_text("de " * 9)
+    mixed = load_calibration(f"{tmp_path}/short.txt,{tmp_path}/long.txt", tiny_tokenizer, 6, 8, 0, no_model)
+    assert len(mixed.tokens) == 4
+    assert mixed.warning is not None
+    assert "fills only 1 of 3" in mixed.warning
+    with pytest.raises(CalibrationError, match=r"short\.txt has to fill one"):
+        load_calibration(f"{tmp_path}/short.txt,{tmp_path}/long.txt", tiny_tokenizer, 6, 64, 0, no_model)
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_text(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "a,b.txt").write_text("ba " * 200)
+    assert load_calibration(tmp_path / "a,b.txt", tiny_tokenizer, 3, 8, 0, no_model).tokens.shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("self,,self", "empty text"), ("self,missing.txt", "no file missing.txt")]
+)
+def test_a_mix_is_checked_before_anything_is_done(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        checked_calibration(text)
+
+
+def test_more_texts_than_sequences_are_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match="sequences is 1, less than the 2"):
+        load_calibration("self,self", tiny_tokenizer, 1, 8, 0, no_model)

@@ -48,7 +48,8 @@ CalibrationOption = Annotated[
     str,
     typer.Option(
         "--calibration",
-        help="self (the model samples its own text), a text file, wikitext2, c4, or NAME[:CONFIG][@SPLIT].",
+        help="self (the model samples its own text), a text file, wikitext2, c4, or NAME[:CONFIG][@SPLIT]; or several, "
+        "such as wikitext2,self, in equal shares.",
     ),
 ]
 SequencesOption = Annotated[int, typer.Option("--sequences", min=1, help="Calibration sequences.")]

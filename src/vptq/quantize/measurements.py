@@ -16,6 +16,7 @@ from typing import Any
 from vptq.checkpoint import write_json
 from vptq.errors import CheckpointError
 from vptq.progress import ProgressCallback, ProgressEvent
+from vptq.quantize.calibration import split_sources
 from vptq.quantize.candidates import GAUSSIAN_LOSS
 from vptq.quantize.job import Job
 from vptq.quantize.sensitivity import (
@@ -75,7 +76,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "candidates": list(GAUSSIAN_LOSS),  # one of them is what a layer is measured with
         "files": [_stamp(path) for path in files],
         "commit": getattr(job.original.config, "_commit_hash", None),
-        "calibration": _stamp(Path(job.calibration)) if Path(job.calibration).is_file() else job.calibration,
+        "calibration": [_stamp(Path(s)) if Path(s).is_file() else s for s in split_sources(job.calibration)],
         "norm": job.spec.enable_norm,
         "perm": job.spec.enable_perm,
     }

@@ -74,7 +74,8 @@ def quantize(
         bits: instead of `spec`, a budget: stored bits per weight of the quantized layers, codebooks and scales
             included. Each layer gets the spec that measured sensitivities say (see `vptq.plan`).
         size: instead of `bits`, the same for the bytes of all weight files; or text such as "1.2GiB".
-        calibration: "self" (the model writes its own text), a text file, "wikitext2", "c4" or a hub data set.
+        calibration: "self" (the model writes its own text), a text file, "wikitext2", "c4" or a hub data set; or
+            several in equal shares, such as "wikitext2,self".
         sequences: calibration sequences.
         seqlen: tokens a sequence.
         seed: of everything random; same seed and machine, same bytes.

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from vptq.quantize.calibration import split_sources
 from vptq.quantize.job import Job
 from vptq.source import ModelSource
 
@@ -58,7 +59,7 @@ def finetune_command(source: ModelSource, text: Mapping[str, str], move_indices:
 def text_options(calibration: str, sequences: int, seqlen: int, seed: int) -> dict[str, str]:
     """Options that say which calibration text it was."""
     return {
-        "--calibration": Path(calibration).name if Path(calibration).is_file() else calibration,
+        "--calibration": ",".join(Path(s).name if Path(s).is_file() else s for s in split_sources(calibration)),
         "--sequences": str(sequences),
         "--seqlen": str(seqlen),
         "--seed": str(seed),

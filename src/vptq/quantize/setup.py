@@ -11,7 +11,7 @@ from torch import nn
 
 from vptq.errors import ConfigError
 from vptq.quantize.budget import Budget
-from vptq.quantize.calibration import SELF
+from vptq.quantize.calibration import SELF, split_sources
 from vptq.quantize.job import Job
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.solver import SolverConfig
@@ -169,11 +169,18 @@ def check_text_size(sequences: int, seqlen: int) -> None:
 
 
 def checked_calibration(calibration: str) -> str:
-    """The calibration source, a file by its whole path; ConfigError where a file is meant and missing."""
-    looks_like_file = calibration != SELF and (Path(calibration).suffix == ".txt" or calibration.startswith(("/", ".")))
-    if looks_like_file and not Path(calibration).is_file():
-        raise ConfigError(f"--calibration: there is no file {calibration}")
-    return str(Path(calibration).resolve()) if Path(calibration).is_file() else calibration
+    """The calibration texts, files by their whole paths; ConfigError where a file is meant and missing."""
+    return ",".join(_checked_text(source) for source in split_sources(calibration))
+
+
+def _checked_text(source: str) -> str:
+    if Path(source).is_file():
+        return str(Path(source).resolve())
+    if not source:
+        raise ConfigError("--calibration names an empty text; separate texts by single commas, such as wikitext2,self")
+    if source != SELF and (Path(source).suffix == ".txt" or source.startswith(("/", "."))):
+        raise ConfigError(f"--calibration: there is no file {source}")
+    return source
 
 
 def checked_device(device: str | torch.device) -> torch.device:
