@@ -1,6 +1,6 @@
 """How long a command leaves the screen silent: what somebody sees who sits before it for the first time.
 
-    python benchmarks/silence.py [--longest 5] [--json FILE] [--append] -- COMMAND [ARGUMENT ...]
+    python benchmarks/silence.py [--longest 5] [--name TEXT] [--json FILE] [--append] -- COMMAND [ARGUMENT ...]
 
 The command runs on a pseudo-terminal, and every stretch without a byte from it that is longer than `--longest` seconds
 is printed with the last line before it. The command's own output goes to standard output. The last line is JSON; with
@@ -49,6 +49,7 @@ class Watch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--longest", type=float, default=5.0, metavar="SECONDS", help="what is still no silence")
+    parser.add_argument("--name", metavar="TEXT", help="what the file calls it (default: the command)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
@@ -58,11 +59,12 @@ def main() -> None:
     status = os.waitstatus_to_exitcode(pty.spawn(arguments.command, watch.read))
     watch.note()
     row = {
-        "command": " ".join(arguments.command),
+        "command": arguments.name or " ".join(arguments.command),
         "status": status,
-        "seconds": time.monotonic() - began,
+        "minutes": (time.monotonic() - began) / 60,
+        "longest_allowed": arguments.longest,
+        "longer": len(watch.silences),
         "silences": watch.silences,
-        "longest_silence": max((silence["seconds"] for silence in watch.silences), default=None),
     }
     if arguments.json:
         rows = json.loads(arguments.json.read_text())["rows"] if arguments.append and arguments.json.exists() else []

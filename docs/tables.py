@@ -138,8 +138,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "silence": (
         Column("command", "command", "`{}`"),
         Column("minutes", "minutes", "{:.1f}"),
-        Column("longest silence, seconds", "longest_silence", "{:.0f}"),
-        Column("after", "after"),
+        Column("silences of more than 5 seconds", "longer"),
     ),
     "calibration": (
         Column("calibration text", "calibration"),
