@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from vptq.errors import ConfigError
+from vptq.kv_cache import is_plain, make_cache
 from vptq.sampling import Sampling
 from vptq.streaming import StopStrings, TextStream, TokenTimes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # The first two are OpenAI's: the model ended the answer, or a stop string did; or it was cut off.
 FinishReason = Literal["stop", "length", "given up"]
@@ -52,7 +51,7 @@ class Finish:
 class PrefixCache:
     """Keys and values of the last prompt and answer, for a next prompt that begins alike: the same chat, a turn later.
 
-    Only what can be cut at any token is kept: no sliding window, no running state.
+    Only what can be cut at any token is kept.
     """
 
     def __init__(self) -> None:
@@ -76,7 +75,7 @@ class PrefixCache:
     def keep(self, output: Any) -> None:
         """Keep what generate() leaves."""
         cache = output.past_key_values
-        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+        if is_plain(cache):
             self._kept = cache, output.sequences[0, : cache.get_seq_length()].cpu()
 
 
@@ -160,6 +159,7 @@ def generate_text(
         )
     stream = TextStream(tokenizer, StopStrings(stops), on_text, prompt[0].tolist() if goes_on else ())
     kept, reused = (None, 0) if cache is None else cache.take(prompt[0].cpu())
+    kept = kept or make_cache(model)
     prompt = prompt.to(model.device)
     # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

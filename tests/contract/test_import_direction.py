@@ -17,7 +17,7 @@ RANKS = (
     ("packing", "weight", "reference"),
     ("ops",),
     ("linear", "shared_input", "shards", "checkpoint", "index_use", "naming"),
-    ("text", "transformers_versions", "source", "download", "sampling", "streaming"),
+    ("text", "transformers_versions", "kv_cache", "source", "download", "sampling", "streaming"),
     ("quantize",),
     ("model",),
     ("integrations",),

@@ -9,9 +9,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from vptq.errors import CalibrationError, ConfigError
+from vptq.kv_cache import RoomyLayer
 from vptq.progress import ProgressEvent
 from vptq.quantize.calibration import load_calibration
-from vptq.quantize.sampling import PreallocatedLayer, sample_sequences
+from vptq.quantize.sampling import sample_sequences
 from vptq.quantize.setup import checked_calibration
 
 BOS = 1
@@ -36,8 +37,8 @@ def test_sampling_with_the_cache_draws_what_sampling_without_it_draws(
     tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
-    update = PreallocatedLayer.update
-    monkeypatch.setattr(PreallocatedLayer, "update", lambda *args: (used.append(args[0]), update(*args))[1])
+    update = RoomyLayer.update
+    monkeypatch.setattr(RoomyLayer, "update", lambda *args: (used.append(args[0]), update(*args))[1])
     sampled = sample_sequences(tiny_model, BOS, sequences=5, seqlen=24, seed=3)
     assert len(used) == 2 * 23, "the quick cache is not in use"
     assert torch.equal(sampled, sample_without_cache(tiny_model, sequences=5, seqlen=24, seed=3))
@@ -45,7 +46,7 @@ def test_sampling_with_the_cache_draws_what_sampling_without_it_draws(
 
 def test_models_with_a_cache_of_another_kind_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliding windows here: the cache forgets what preallocated storage would keep."""
-    monkeypatch.setattr(PreallocatedLayer, "update", lambda *_: pytest.fail("the cache was replaced"))
+    monkeypatch.setattr(RoomyLayer, "update", lambda *_: pytest.fail("the cache was replaced"))
     config = MistralConfig(
         **{"vocab_size": 63, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "initializer_range": 0.3},
@@ -89,17 +90,6 @@ def test_a_small_memory_budget_samples_in_several_batches(tiny_model: PreTrained
     assert events[-1].done == events[-1].total == 5 * 18
     assert sum(event.done % (2 * 18) == 0 or event.done == event.total for event in events) == 3
     assert sample_sequences(tiny_model, BOS, 2, 18, seed=0, cache_bytes=0).shape == (2, 18)
-
-
-def test_cache_storage_stays_where_it_is() -> None:
-    layer = PreallocatedLayer(capacity=6)
-    states = torch.randn(2, 1, 6, 4)
-    shown = [layer.update(states[..., i : i + 2, :], -states[..., i : i + 2, :]) for i in (0, 2, 4)]
-    assert len({keys.data_ptr() for keys, _ in shown}) == 1
-    for end, (keys, values) in zip((2, 4, 6), shown, strict=True):
-        assert torch.equal(keys, states[..., :end, :])
-        assert torch.equal(values, -states[..., :end, :])
-    assert layer.get_seq_length() == 6
 
 
 def test_self_calibration_starts_at_the_bos_token(

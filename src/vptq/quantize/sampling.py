@@ -8,14 +8,13 @@ goes to which sequence), in a cache that is allocated once instead of being copi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vptq.errors import CalibrationError
+from vptq.kv_cache import give_room
 from vptq.progress import ProgressCallback, ProgressEvent
-from vptq.transformers_versions import start_cache_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +74,7 @@ def _continue(model: PreTrainedModel, rows: torch.Tensor, generator: torch.Gener
     cache = None
     for position in range(1, seqlen):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values if cache is not None else _with_room(output.past_key_values, seqlen)
+        cache = output.past_key_values if cache is not None else give_room(output.past_key_values, seqlen)
         step = _draw(output.logits[:, -1], generator)
         rows[:, position] = step[:, 0]
         yield position
@@ -100,54 +99,3 @@ def _cache_bytes_per_sequence(model: PreTrainedModel, seqlen: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     itemsize: int = model.dtype.itemsize
     return int(2 * config.num_hidden_layers * key_heads * head_dim * seqlen * itemsize)
-
-
-def _with_room(cache: Any, capacity: int) -> Any:
-    """The cache a model made for itself, with its storage allocated once where it is of the plain kind.
-
-    transformers' dynamic layers concatenate: every token copies all keys and values so far. Its static ones attend to
-    the whole allocated length. Preallocated storage of which the filled part is shown costs neither.
-    """
-    if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
-        for index, layer in enumerate(cache.layers):
-            cache.layers[index] = PreallocatedLayer.copy_of(layer, capacity)
-    return cache
-
-
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A dynamic cache layer whose storage is allocated once.
-
-    Args:
-        capacity: Tokens there is room for.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity = capacity
-        self.filled = 0
-
-    @classmethod
-    def copy_of(cls, filled: Any, capacity: int) -> PreallocatedLayer:
-        """A layer with the keys and values of another one, and room for more."""
-        layer = cls(capacity)
-        layer.update(filled.keys, filled.values)
-        return layer
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [batch, heads, tokens, head_dim]; return all there are so far."""
-        if not self.is_initialized:
-            start_cache_layer(self, key_states, value_states)
-            self.key_storage = self._storage_for(key_states)
-            self.value_storage = self._storage_for(value_states)
-        end = self.filled + key_states.shape[-2]
-        self.key_storage[..., self.filled : end, :] = key_states
-        self.value_storage[..., self.filled : end, :] = value_states
-        self.filled = end
-        self.keys = self.key_storage[..., :end, :]
-        self.values = self.value_storage[..., :end, :]
-        return self.keys, self.values
-
-    def _storage_for(self, states: torch.Tensor) -> torch.Tensor:
-        return states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1])
