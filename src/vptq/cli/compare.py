@@ -14,8 +14,8 @@ from vptq.cli.console import (
     output,
     plain_table,
     print_warning,
-    write_file,
     write_json_file,
+    write_picture,
 )
 from vptq.cli.progress import waiting
 
@@ -45,8 +45,7 @@ def compare(
         if folder.missing:
             print_warning(f"{folder.name}: {'; '.join(folder.missing)}")
     output().print(_table(found))
-    write_file(png, picture, "--output")
-    output().print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
+    write_picture(png, picture, "--output")
     if json_file is not None:
         write_json_file({"folders": [folder.to_dict() for folder in found]}, json_file)
 
