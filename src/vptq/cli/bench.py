@@ -13,12 +13,10 @@ from vptq.cli.console import (
     file_size,
     output,
     plain_table,
-    quiet_transformers,
     write_json_file,
 )
 from vptq.cli.options import DeviceOption, DtypeOption
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.evaluate.throughput import Speed, Throughput
@@ -48,9 +46,7 @@ def bench(
 ) -> None:
     """Measure speed and memory of generating text."""
     check_json_file(json_file)
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         from vptq.evaluate.throughput import measure_throughput
 
         result = measure_throughput(

@@ -13,12 +13,10 @@ from vptq.cli.console import (
     facts,
     output,
     plain_table,
-    quiet_transformers,
     write_json_file,
 )
 from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.evaluate import Estimate, Evaluation
@@ -67,9 +65,7 @@ def evaluate(
     task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not task_names:
         raise typer.BadParameter("it names no task", param_hint="--tasks")
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         from vptq.evaluate import evaluate as evaluate_model
 
         result = evaluate_model(
