@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from fake_hub import FakeHub, running_hub
 from safetensors.torch import load_file, save_file
 
@@ -153,12 +154,13 @@ def report(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "report.json").read_text()))
 
 
-def halve_scale(folder: Path) -> None:
-    shard = folder / "model-00001-of-00001.safetensors"
-    tensors = load_file(shard)
-    name = next(name for name in tensors if name.endswith("weight_scale"))
-    tensors[name] = tensors[name][: len(tensors[name]) // 2].clone()
-    save_file(tensors, shard, {"format": "pt"})
+def repeat_columns(folder: Path) -> None:
+    """Shapes and types are right: it only shows when a layer is read whole."""
+    shard, config = folder / "model-00001-of-00001.safetensors", json.loads((folder / "config.json").read_text())
+    path, entry = next(iter(config["quantization_config"]["config_for_layers"].items()))
+    entry["enable_perm"] = True
+    save_file(load_file(shard) | {f"{path}.perm": torch.zeros(entry["in_features"], dtype=torch.int16)}, shard)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def break_shard(folder: Path) -> None:
@@ -175,7 +177,7 @@ def forget_quantization(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        halve_scale,
+        repeat_columns,
         break_shard,
         forget_quantization,
         lambda folder: (folder / "model-00001-of-00001.safetensors").unlink(),
