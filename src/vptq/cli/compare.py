@@ -17,6 +17,7 @@ from vptq.cli.console import (
     write_json_file,
     write_picture,
 )
+from vptq.cli.options import FiguresOption
 from vptq.cli.progress import waiting
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR ...", help="Quantized folders.")],
     picture: Annotated[Path, typer.Option("--output", "-o", help="The picture (PNG) to draw.")] = Path("compare.png"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: FiguresOption = None,
 ) -> None:
     """Show bits against perplexity, divergence and speed.
 

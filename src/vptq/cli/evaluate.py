@@ -15,7 +15,7 @@ from vptq.cli.console import (
     plain_table,
     write_json_file,
 )
-from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
+from vptq.cli.options import DeviceOption, DtypeOption, FiguresOption, ModelArgument, SeqlenOption
 from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
-    ],
+    model: ModelArgument,
     reference: Annotated[
         str | None, typer.Option("--reference", help="The original model, to compare with and measure divergence from.")
     ] = None,
@@ -54,7 +52,7 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Examples of each task, from its beginning.  [default: all]")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests of tasks to run at once.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: FiguresOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     progress: ProgressOption = Form.auto,
