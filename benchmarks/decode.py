@@ -26,6 +26,7 @@ from torch import nn
 
 import vptq
 from vptq.quantize.report import load_report
+from vptq.shards import write_json
 from vptq.spec import QuantSpec
 
 MEMORY = """
@@ -144,7 +145,7 @@ def merge(row: dict[str, Any], path: Path) -> None:
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [other for other in rows if (other["model"], other["threads"]) != (row["model"], row["threads"])]
     rows = sorted([*rows, row], key=lambda other: (other["model"], other["threads"]))
-    path.write_text(json.dumps({"benchmark": "decode", "rows": rows}, indent=2) + "\n")
+    write_json(path, {"benchmark": "decode", "rows": rows})
 
 
 def parse() -> argparse.Namespace:

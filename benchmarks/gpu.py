@@ -43,6 +43,7 @@ from torch.nn import functional
 
 from vptq.linear import VQuantLinear
 from vptq.ops import triton_paths
+from vptq.shards import write_json
 
 ROOT = Path(__file__).parents[1]
 WAYS = (triton_paths.CUDA, triton_paths.VECTOR, triton_paths.TILES, triton_paths.DENSE)
@@ -193,12 +194,6 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(result, indent=2) + "\n")
-    partial_path.replace(path)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="after so long, start nothing new")
@@ -252,7 +247,7 @@ def main() -> None:
             for name in configs:
                 if has_time():
                     rows += measure(name, shape, tokens, fp16)
-                    write(result, path)
+                    write_json(path, result)
                 else:
                     left_out.append(f"{name} {shape[0]}x{shape[1]}")
         peers.measure(SHAPES, tokens, microseconds, began + arguments.seconds)
@@ -266,7 +261,7 @@ def main() -> None:
     if peers.missing:
         print(f"other kernels: {peers.missing}")
     gpu_tables.show(result)
-    write(result, path)
+    write_json(path, result)
     print(json.dumps(result))
 
 

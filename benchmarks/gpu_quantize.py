@@ -32,6 +32,7 @@ from vptq.config import LayerConfig
 from vptq.ops.triton_paths import MAX_VECTOR_LEN
 from vptq.quantize.hessian import HessianAccumulator
 from vptq.quantize.solver import SolverConfig, quantize_weight
+from vptq.shards import write_json
 from vptq.spec import QuantSpec
 
 SPECS = ("v8-k65536-256", "v8-k256-256", "v6-k4096")
@@ -179,10 +180,9 @@ def main() -> None:
         "torch": torch.__version__,
         **measure(specs, arguments.seconds),
     }
-    line = json.dumps(result)
     if arguments.json:
-        arguments.json.write_text(line + "\n")
-    print(line)
+        write_json(arguments.json, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 import vptq
 from vptq.linear import Codebook, VQuantLinear
 from vptq.quantize.report import load_report
+from vptq.shards import write_json
 from vptq.source import load_tokenizer
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     rows = [measure(folder, arguments.text, arguments.windows) for folder in arguments.folders]
     result = {"benchmark": "int8", "windows": arguments.windows, "rows": rows}
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional
 from vptq.config import LayerConfig
 from vptq.linear import VQuantLinear
 from vptq.ops import backends
+from vptq.shards import write_json
 from vptq.spec import QuantSpec
 
 CONFIGS = (
@@ -193,7 +194,7 @@ def main() -> None:
         "rows": rows,
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 

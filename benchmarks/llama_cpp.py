@@ -26,6 +26,7 @@ import torch
 from decode import generate_seconds, synthetic
 
 from vptq.linear import VQuantLinear
+from vptq.shards import write_json
 from vptq.spec import QuantSpec
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, BLOCKS, WHOLE = 4096, 11008, 32, 1024, 4, 32
@@ -175,7 +176,7 @@ def main() -> None:
         )
     result = {"benchmark": "llama_cpp", "threads": arguments.threads, "torch": torch.__version__, "rows": rows}
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 

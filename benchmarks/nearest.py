@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vptq.ops import backends, nearest
 from vptq.ops.search import nearest as torch_nearest
+from vptq.shards import write_json
 
 # (vectors, centroids, vector_len, beam): the quantizer's own shapes, cut to what takes a second.
 CASES = [
@@ -100,12 +101,10 @@ def main() -> None:
             f" {gflops / peak:8.0%}",
             flush=True,
         )
-    line = json.dumps(
-        {"benchmark": "nearest", "threads": arguments.threads, "roof_gflops": round(peak, 1), "rows": rows}
-    )
+    result = {"benchmark": "nearest", "threads": arguments.threads, "roof_gflops": round(peak, 1), "rows": rows}
     if arguments.json:
-        arguments.json.write_text(line + "\n")
-    print(line)
+        write_json(arguments.json, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from torch import Tensor
 from vptq.config import LayerConfig
 from vptq.quantize.memory import peak_memory_bytes
 from vptq.quantize.solver import quantize_weight
+from vptq.shards import write_json
 from vptq.spec import QuantSpec
 
 REPEATS = 3
@@ -201,10 +202,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    line = json.dumps(measure(arguments))
+    result = measure(arguments)
     if arguments.json:
-        arguments.json.write_text(line + "\n")
-    print(line)
+        write_json(arguments.json, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

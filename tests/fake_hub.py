@@ -95,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             wanted = json.loads(body)
             repo = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            if repo in self.hub.files:
+                return self._reply(409, {"error": "It is there already", "url": f"{self.hub.url}/{repo}"})
             self.hub.private[repo] = wanted.get("private") or wanted.get("visibility") == "private"
             self.hub.files.setdefault(repo, {})
             return self._reply(200, {"url": f"{self.hub.url}/{repo}", "id": repo, "name": repo})

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging
 
-from vptq.cli.progress import Bars, Form, JsonLines, Lines, View, view
+from vptq.cli import main
+from vptq.cli.progress import Bars, Form, JsonLines, Lines, View, view, working
 from vptq.errors import ConfigError
 from vptq.progress import ProgressEvent, StageTimes
 
@@ -45,12 +51,12 @@ def test_programs_get_an_object_a_line_with_the_time_left(capsys: Any, clock: Ca
 
 def test_programs_are_not_flooded_and_miss_no_message_and_no_end(capsys: Any, clock: Callable[[float], None]) -> None:
     shown = JsonLines()
-    for done in range(1, 1001):
+    for done in range(1, 1021):
         clock(0.01)
-        shown(ProgressEvent("sampling", done, 1000, message="half" if done == 500 else "", loss=float("nan")))
+        shown(ProgressEvent("sampling", done, 1020, message="half" if done == 500 else "", loss=float("nan")))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert 15 <= len(lines) <= 25, "two a second"
-    assert (lines[0]["done"], lines[-1]["done"]) == (1, 1000)
+    assert (lines[0]["done"], lines[-1]["done"]) == (1, 1020)
     assert [line["done"] for line in lines if "message" in line] == [500]
     assert not any("loss" in line for line in lines), "JSON has no NaN"
 
@@ -59,6 +65,11 @@ def test_an_error_is_an_object_too(capsys: Any) -> None:
     with pytest.raises(Exception, match="1"), JsonLines():
         raise ConfigError("no such text")
     assert json.loads(capsys.readouterr().err) == {"error": "no such text"}
+
+
+def test_a_mistake_of_ours_keeps_its_trace() -> None:
+    with pytest.raises(KeyError), JsonLines():
+        raise KeyError("stage")
 
 
 def test_a_log_gets_a_line_a_stage_and_one_now_and_then(capsys: Any, clock: Callable[[float], None]) -> None:
@@ -74,6 +85,20 @@ def test_a_log_gets_a_line_a_stage_and_one_now_and_then(capsys: Any, clock: Call
     ]
 
 
+def test_a_stage_that_begins_again_is_told_again(capsys: Any, clock: Callable[[float], None]) -> None:
+    shown = Lines()
+    for done in (5, 6, 0, 1):
+        shown(ProgressEvent("sampling", done, 10))
+        clock(1.0)
+    assert capsys.readouterr().err.splitlines() == ["sampling 5 of 10", "sampling"]
+
+
+def test_a_command_at_work_quiets_the_libraries() -> None:
+    logging.set_verbosity_warning()
+    with working(Form.auto, quiet=True):
+        assert logging.get_verbosity() == logging.ERROR
+
+
 def test_elsewhere_than_on_a_terminal_there_are_no_bars() -> None:
     assert type(view()) is Lines
     assert type(view(Form.json)) is JsonLines
@@ -84,7 +109,8 @@ def test_bars_of_what_is_over_go(capsys: Any) -> None:
     bars = Bars()
     for event in (("loading",), ("blocks", 1, 3), ("training block 0", 2, 2), ("training block 1", 1, 2)):
         bars(ProgressEvent(*event))
-    assert [task.description for task in bars._progress.tasks] == ["blocks", "training block 1"]
+    left = [(task.description, task.completed, task.total) for task in bars._progress.tasks]
+    assert left == [("blocks", 1, 3), ("training block 1", 1, 2)]
 
 
 def test_time_goes_to_the_stage_that_was_told_about_last(clock: Callable[[float], None]) -> None:
@@ -133,3 +159,36 @@ def test_a_pipe_gets_no_color(quantize: Run) -> None:
     _, out, err = quantize("--resume")
     assert "quantizing layers" in err or "loss" in err
     assert "\x1b" not in out + err
+
+
+def work() -> None:
+    with view() as shown:
+        shown(ProgressEvent("training", 1, 2, "half done"))
+        shown.warn("short text")
+
+
+def seen_on_a_terminal(do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What it writes to both outputs, where they are a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with os.fdopen(theirs, "w") as screen, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", screen)
+        with suppress(SystemExit):
+            do()
+    seen = b""
+    with suppress(OSError):  # how Linux says that nothing more will come
+        while some := os.read(ours, 65536):
+            seen += some
+    os.close(ours)
+    return seen.decode()
+
+
+@pytest.mark.parametrize("do", [lambda: main(["info", "./missing"]), work], ids=["error", "bars"])
+def test_no_color_is_heeded_on_a_terminal(do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert COLOR.search(seen_on_a_terminal(do, monkeypatch)), "or there were nothing to leave out"
+    monkeypatch.setenv("NO_COLOR", "1")
+    seen = seen_on_a_terminal(do, monkeypatch)
+    assert re.search("no folder|half done.*short text", seen, re.DOTALL)
+    assert not COLOR.search(seen)

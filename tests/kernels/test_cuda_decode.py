@@ -15,7 +15,7 @@ from triton_layers import layer_of
 
 from vptq import reference
 from vptq.config import LayerConfig
-from vptq.ops import cuda_launch, triton_ops
+from vptq.ops import cuda_launch, devices, triton_ops
 from vptq.ops.cuda_plan import TOKENS, Card
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -131,7 +131,7 @@ def test_the_operator_uses_it_up_to_eight_tokens(
 
     took: list[str] = []
     if kernels is not None:
-        monkeypatch.setattr(triton_ops, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
         monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
     for module, name in ((cuda_launch, "decode"), (triton_launch, "vector"), (triton_launch, "tiles")):
         launch = getattr(module, name)
@@ -152,7 +152,7 @@ def test_the_operator_uses_it_up_to_eight_tokens(
     assert took == ["vector", "tiles"]
     if kernels is not None:
         took.clear()
-        monkeypatch.setattr(triton_ops, "_capability", lambda device: (7, 0))
+        monkeypatch.setattr(devices, "capability", lambda device: (7, 0))
         run(1)
         assert took == [], "Triton is too new for this card, so PyTorch runs"
 

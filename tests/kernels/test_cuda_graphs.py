@@ -19,7 +19,7 @@ from triton_layers import layer_of
 from vptq.config import LayerConfig
 
 pytest.importorskip("triton")
-from vptq.ops import cuda_launch, triton_kernels, triton_launch, triton_ops, triton_paths
+from vptq.ops import cuda_launch, devices, triton_kernels, triton_launch, triton_ops, triton_paths
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 PADDED = LayerConfig(611, 45, 6, 64, num_residual_centroids=8, enable_norm=True, enable_perm=True, bias=True)
@@ -48,7 +48,7 @@ def test_a_call_asks_for_memory_and_nothing_else(cuda: bool, folder: Path, monke
     monkeypatch.setattr(triton_launch, "kernels", kernels)
     if cuda:
         monkeypatch.setattr(cuda_launch, "cuda_compile", AsCpp(folder, CARD))
-        monkeypatch.setattr(triton_ops, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
         monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
     (layer, _), pairs = layer_of(PADDED, torch.float16, "cpu"), layers_of(ALIKE, "cpu")
     together = group_arguments([other for other, _ in pairs])

@@ -13,7 +13,7 @@ from layer_checks import assert_close
 from triton_layers import layer_of
 
 from vptq.config import LayerConfig
-from vptq.ops import cuda_launch, triton_ops
+from vptq.ops import cuda_launch, devices, triton_ops
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernels(device: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
         monkeypatch.setattr(cuda_launch, "cuda_compile", AsCpp(folder, CARD))
-        monkeypatch.setattr(triton_ops, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
         monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
 
 

@@ -19,7 +19,7 @@ from triton_layers import DEVICES
 from vptq import ops
 from vptq.config import LayerConfig
 from vptq.errors import ConfigError
-from vptq.ops import cuda_compile, cuda_launch, cuda_plan
+from vptq.ops import cuda_compile, cuda_launch, cuda_plan, devices
 
 pytest.importorskip("triton")
 from vptq.ops import triton_launch, triton_ops
@@ -57,7 +57,7 @@ def cuda(device: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsCpp | 
         return None
     stand_in = AsCpp(folder, CARD)
     monkeypatch.setattr(cuda_launch, "cuda_compile", stand_in)
-    monkeypatch.setattr(triton_ops, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
     return stand_in
 

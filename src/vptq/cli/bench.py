@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,21 +12,17 @@ from vptq.cli.console import (
     file_size,
     output,
     plain_table,
-    quiet_transformers,
     write_json_file,
 )
-from vptq.cli.options import DeviceOption, DtypeOption
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.options import CodebookFormOption, DeviceOption, DtypeOption, FiguresOption, ModelArgument
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.evaluate.throughput import Speed, Throughput
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
-    ],
+    model: ModelArgument,
     reference: Annotated[
         str | None, typer.Option("--reference", help="The original model, to run in turns with the other.")
     ] = None,
@@ -37,10 +32,8 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of the CPU.  [default: one a core]")
     ] = None,
-    codebook_form: Annotated[
-        str, typer.Option("--codebook-form", help="int8 or exact, as without a command.", show_default=False)
-    ] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    codebook_form: CodebookFormOption = "",
+    json_file: FiguresOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     progress: ProgressOption = Form.auto,
@@ -48,9 +41,7 @@ def bench(
 ) -> None:
     """Measure speed and memory of generating text."""
     check_json_file(json_file)
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         from vptq.evaluate.throughput import measure_throughput
 
         result = measure_throughput(

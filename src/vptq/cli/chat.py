@@ -19,7 +19,7 @@ import typer
 from vptq.cli.chat_commands import is_command, run_command
 from vptq.cli.console import file_size, messages, output, print_error, print_warning
 from vptq.cli.loading import load
-from vptq.cli.options import DeviceOption, DtypeOption
+from vptq.cli.options import CodebookFormOption, DeviceOption, DtypeOption, ModelArgument, TokenizerOption
 from vptq.errors import VPTQError
 
 if TYPE_CHECKING:
@@ -32,18 +32,12 @@ _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) n
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
-    ],
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="Where the tokenizer is.  [default: with the model]", show_default=False)
-    ] = "",
+    model: ModelArgument,
+    tokenizer: TokenizerOption = "",
     system: Annotated[
         str, typer.Option("--system", help="What the model is told before the conversation.", show_default=False)
     ] = "",
-    codebook_form: Annotated[
-        str, typer.Option("--codebook-form", help="int8 or exact, as without a command.", show_default=False)
-    ] = "",
+    codebook_form: CodebookFormOption = "",
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:

@@ -14,9 +14,10 @@ from vptq.cli.console import (
     output,
     plain_table,
     print_warning,
-    write_file,
     write_json_file,
+    write_picture,
 )
+from vptq.cli.options import FiguresOption
 from vptq.cli.progress import waiting
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR ...", help="Quantized folders.")],
     picture: Annotated[Path, typer.Option("--output", "-o", help="The picture (PNG) to draw.")] = Path("compare.png"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: FiguresOption = None,
 ) -> None:
     """Show bits against perplexity, divergence and speed.
 
@@ -45,8 +46,7 @@ def compare(
         if folder.missing:
             print_warning(f"{folder.name}: {'; '.join(folder.missing)}")
     output().print(_table(found))
-    write_file(png, picture, "--output")
-    output().print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
+    write_picture(png, picture, "--output")
     if json_file is not None:
         write_json_file({"folders": [folder.to_dict() for folder in found]}, json_file)
 

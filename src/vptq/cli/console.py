@@ -90,6 +90,12 @@ def write_file(content: bytes, path: Path, option: str) -> None:
         raise ConfigError(f"cannot write {option} {path}: {error.strerror}") from error
 
 
+def write_picture(png: bytes, path: Path, option: str) -> None:
+    """Writes the picture that an option asks for, and says where; ConfigError where that cannot be done."""
+    write_file(png, path, option)
+    output().print(f"drawn in {path}", style="dim", markup=False, soft_wrap=True)
+
+
 def _check_file(path: Path, option: str) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"{option} {path} is no file in a folder that exists; choose another")

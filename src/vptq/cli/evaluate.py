@@ -13,21 +13,17 @@ from vptq.cli.console import (
     facts,
     output,
     plain_table,
-    quiet_transformers,
     write_json_file,
 )
-from vptq.cli.options import DeviceOption, DtypeOption, SeqlenOption
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.options import DeviceOption, DtypeOption, FiguresOption, ModelArgument, SeqlenOption
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.evaluate import Estimate, Evaluation
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
-    ],
+    model: ModelArgument,
     reference: Annotated[
         str | None, typer.Option("--reference", help="The original model, to compare with and measure divergence from.")
     ] = None,
@@ -56,7 +52,7 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Examples of each task, from its beginning.  [default: all]")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests of tasks to run at once.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: FiguresOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     progress: ProgressOption = Form.auto,
@@ -67,9 +63,7 @@ def evaluate(
     task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not task_names:
         raise typer.BadParameter("it names no task", param_hint="--tasks")
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         from vptq.evaluate import evaluate as evaluate_model
 
         result = evaluate_model(

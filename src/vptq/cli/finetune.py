@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vptq.cli.console import facts, output, quiet_transformers
+from vptq.cli.console import facts, output
 from vptq.cli.options import (
     CalibrationOption,
     DeviceOption,
@@ -20,8 +20,7 @@ from vptq.cli.options import (
     SequencesOption,
     check_start,
 )
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 
 def finetune(
@@ -45,9 +44,7 @@ def finetune(
     What does not bring the model nearer on text that was held out is thrown away.
     """
     check_start(overwrite, resume)
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         from vptq.quantize.finetune_folder import finetune as finetune_folder
 
         done = finetune_folder(

@@ -13,6 +13,7 @@ import typer
 
 from vptq.cli.console import messages
 from vptq.cli.loading import load
+from vptq.cli.options import TokenizerOption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,7 @@ def generate(
             "--model", help="A quantized folder, or any hub id, local folder or GGUF file.", show_default=False
         ),
     ] = "",
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="Where the tokenizer is.  [default: with the model]", show_default=False)
-    ] = "",
+    tokenizer: TokenizerOption = "",
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "once upon a time, there ",
     chat: Annotated[bool, typer.Option("--chat", help="Converse, as in `vptq chat`.")] = False,
     chat_system_prompt: Annotated[

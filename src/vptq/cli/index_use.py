@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from vptq.cli.console import by_number, output, plain_table, write_file
+from vptq.cli.console import by_number, output, plain_table, write_picture
 from vptq.cli.progress import waiting
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def show_index_use(folder: Path, picture: Path | None) -> None:
             from vptq.evaluate.plot import draw_index_use
 
             png = draw_index_use(uses, f"How often centroids are used: {folder.resolve().name}")
-        write_file(png, picture, "--picture")
-        console.print(f"drawn in {picture}", style="dim", markup=False, soft_wrap=True)
+        write_picture(png, picture, "--picture")
 
 
 def _table(uses: list[CodebookUse]) -> Table:

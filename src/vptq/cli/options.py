@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,16 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Float type to hold the model in.  [default: the one it is stored in]"),
 ]
 SeqlenOption = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens per sequence.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
+]
+TokenizerOption = Annotated[
+    str, typer.Option("--tokenizer", help="Where the tokenizer is.  [default: with the model]", show_default=False)
+]
+CodebookFormOption = Annotated[
+    str, typer.Option("--codebook-form", help="int8 or exact, as without a command.", show_default=False)
+]
+FiguresOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
 OriginalArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a GGUF file.")]
 BitsOption = Annotated[
     float | None,

@@ -16,7 +16,6 @@ from vptq.cli.console import (
     file_size,
     output,
     plain_table,
-    quiet_transformers,
     write_json_file,
 )
 from vptq.cli.options import (
@@ -35,8 +34,7 @@ from vptq.cli.options import (
     SizeOption,
     StoredDtypeOption,
 )
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.quantize.plan import Plan, PlannedLayer
@@ -68,9 +66,7 @@ def plan(
     if (bits is None) == (size is None):
         raise typer.BadParameter("give one of --bits and --size", param_hint="--bits")
     check_json_file(json_file)
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         import torch
 
         from vptq.quantize.planner import plan as plan_model

@@ -11,6 +11,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -20,7 +22,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-from vptq.cli.console import messages, print_warning
+from vptq.cli.console import messages, print_warning, quiet_transformers
 from vptq.errors import VPTQError
 from vptq.progress import ProgressEvent
 
@@ -66,6 +68,21 @@ def view(form: Form = Form.auto, quiet: bool = False) -> View:
     if form is Form.json:
         return JsonLines()
     return Bars() if messages().is_terminal else Lines()
+
+
+@contextmanager
+def working(form: Form, quiet: bool, stage: str = "starting") -> Iterator[View]:
+    """`view` of a command's work, which is shown to begin before the imports that it has to make take their time.
+
+    Args:
+        form: The `--progress` option.
+        quiet: The `--quiet` option.
+        stage: What it begins with.
+    """
+    with view(form, quiet) as shown:
+        shown(ProgressEvent(stage))
+        quiet_transformers()
+        yield shown
 
 
 def waiting(what: str) -> View:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vptq.cli.console import facts, file_size, output, plain_table, quiet_transformers
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.console import facts, file_size, output, plain_table
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 
 def push(
@@ -44,9 +43,7 @@ def push(
     the bits that its tensors have, how it was made, and what was measured. The token is HF_TOKEN's, or that of
     `hf auth login`.
     """
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("reading the folder"))
-        quiet_transformers()
+    with working(progress, quiet, "reading the folder") as shown:
         from vptq.publish import prepare, upload
 
         publication = prepare(folder, repo, evaluation, base_model, license, shown)

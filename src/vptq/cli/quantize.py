@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vptq.cli.console import facts, file_size, output, quiet_transformers
+from vptq.cli.console import facts, file_size, output
 from vptq.cli.options import (
     AbsorbPermOption,
     BitsOption,
@@ -30,8 +30,7 @@ from vptq.cli.options import (
     WorkersOption,
     check_start,
 )
-from vptq.cli.progress import Form, ProgressOption, QuietOption, view
-from vptq.progress import ProgressEvent
+from vptq.cli.progress import Form, ProgressOption, QuietOption, working
 
 if TYPE_CHECKING:
     from vptq.quantize.report import Report
@@ -126,9 +125,7 @@ def quantize(
     if [spec, bits, size].count(None) < 2:
         raise typer.BadParameter("give one of --spec, --bits and --size, not more", param_hint="--spec")
     check_start(overwrite, resume)
-    with view(progress, quiet) as shown:
-        shown(ProgressEvent("starting"))
-        quiet_transformers()
+    with working(progress, quiet) as shown:
         import torch
 
         from vptq.quantize.pipeline import quantize as quantize_model

@@ -8,6 +8,7 @@ import typer
 
 from vptq.cli.console import messages, print_warning, quiet_transformers
 from vptq.cli.loading import load
+from vptq.cli.options import CodebookFormOption, ModelArgument, TokenizerOption
 from vptq.cli.progress import waiting
 from vptq.errors import ConfigError
 from vptq.extras import needed
@@ -17,9 +18,7 @@ DEFAULT_CONTEXT = 4096
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A quantized folder, or any hub id, local folder or GGUF file.")
-    ],
+    model: ModelArgument,
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
     name: Annotated[
@@ -35,12 +34,8 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=0, help="Most requests that wait; more get status 429.")] = 16,
     max_body: Annotated[int, typer.Option("--max-body", min=1000, help="Most bytes of a request.")] = 1_000_000,
     grace: Annotated[int, typer.Option("--grace", min=0, help="Seconds to finish requests in at the end.")] = 30,
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="Where the tokenizer is.  [default: with the model]", show_default=False)
-    ] = "",
-    codebook_form: Annotated[
-        str, typer.Option("--codebook-form", help="int8 or exact, as without a command.", show_default=False)
-    ] = "",
+    tokenizer: TokenizerOption = "",
+    codebook_form: CodebookFormOption = "",
 ) -> None:
     """Serve a model by OpenAI's protocol."""
     with waiting("starting"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vptq.config import LayerConfig
-from vptq.ops import cuda_compile, cuda_plan, triton_paths
+from vptq.ops import cuda_compile, cuda_plan, devices, triton_paths
 from vptq.ops.backends import backends
 
 
@@ -18,8 +18,8 @@ def serving(config: LayerConfig, dtype: torch.dtype) -> list[tuple[str, str, str
     """
     status = {backend.name: backend for backend in backends() if backend.active}
     if "triton" in status:
-        nvidia = torch.cuda.is_available() and torch.version.cuda is not None
-        capability = torch.cuda.get_device_capability() if nvidia else None
+        found = torch.cuda.is_available()
+        capability = devices.capability(torch.device("cuda", torch.cuda.current_device())) if found else None
         cuda = _cuda(config, dtype, capability) if capability else ""
         ways = triton_paths.describe(config.vector_len, dtype, capability, cuda)
         own_name = (triton_paths.TORCH, triton_paths.CUDA)

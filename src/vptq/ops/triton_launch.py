@@ -7,12 +7,12 @@ PyTorch's allocator, which knows about graphs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vptq.ops import devices
 from vptq.ops import triton_kernels as kernels
 from vptq.ops.triton_layer import Layer, LayerSizes, Pointers
 from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES, Tile, fastest
@@ -25,14 +25,6 @@ MATRIX_PROGRAMS = 2
 _ADD_BLOCK = 512
 _COPY_BLOCK = 1024
 _PAD_BLOCK = 128
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1  # interpreted
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64)
 
 
 def vector(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -52,7 +44,7 @@ def vector(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     def run(tile: Tile) -> Tensor:
         own = tuple(_for_kernel(layer, tile) for layer in padded)
         blocks = (sum(layer.blocks for layer in own), len(x))
-        grid, arguments = _shared(tile, sizes, blocks, VECTOR_PROGRAMS * _multiprocessors(x.device))
+        grid, arguments = _shared(tile, sizes, blocks, VECTOR_PROGRAMS * devices.multiprocessors(x.device))
         out, parts = _outputs(x, len(x) * sum(rows), grid[1])
         target = out if parts is None else parts
         kernels.multiply_vector[grid](x, target, own, out.numel(), **sizes.common, **arguments)
@@ -72,7 +64,7 @@ def tiles(x: Tensor, layer: Layer) -> Tensor:
     stored = _padded(stored, sizes)
 
     def run(tile: Tile) -> Tensor:
-        programs = MATRIX_PROGRAMS * _multiprocessors(x.device)
+        programs = MATRIX_PROGRAMS * devices.multiprocessors(x.device)
         grid, arguments = _shared(tile, sizes, (_row_blocks(tile, sizes), blocks), programs)
         out, parts = _outputs(x, len(x) * sizes.arguments["out_features"], grid[1])
         kernels.multiply_tiles[grid](

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vptq.errors import ConfigError
-from vptq.ops import cuda_compile, cuda_launch, cuda_plan, dense, group, triton_launch, triton_paths
+from vptq.ops import cuda_compile, cuda_launch, cuda_plan, dense, devices, group, triton_launch, triton_paths
 from vptq.ops.schemas import check_codebook_form, check_input
 from vptq.ops.triton_layer import Layer, Pointers, layer_sizes, signature
 
@@ -143,7 +142,7 @@ def multiply(
 def _multiply(way: str, x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
     """The outputs of alike layers by one launch, flat; TILES takes only one layer."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    with _current(x.device):
+    with devices.current(x.device):
         if way == triton_paths.CUDA:
             return cuda_launch.decode(flat, layers)
         if way == triton_paths.VECTOR:
@@ -162,16 +161,8 @@ def _layer(stored: Stored, bias: Tensor | None, sizes: tuple[int, ...]) -> Layer
 
 def _dequantize(stored: Stored, sizes: tuple[int, int, int, int]) -> Tensor:
     assert stored[0] is not None
-    with _current(stored[0].device):
+    with devices.current(stored[0].device):
         return triton_launch.dequantize(_pointers(stored), layer_sizes(signature(stored), *sizes))
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the one that holds the layer."""
-    if device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
 def _pointers(stored: Stored) -> Pointers:
@@ -181,25 +172,18 @@ def _pointers(stored: Stored) -> Pointers:
 
 
 def _refuses(codebook: Tensor, vector_len: int) -> bool:
-    why = triton_paths.obstacle(vector_len, codebook.dtype, _capability(codebook.device))
+    why = triton_paths.obstacle(vector_len, codebook.dtype, devices.capability(codebook.device))
     if why:
         _tell(why)
     return bool(why)
 
 
 def _takes_cuda(codebook: Tensor, indices: Tensor, outlier_codebook: Tensor | None, vector_len: int) -> bool:
-    capability = _capability(codebook.device)
+    capability = devices.capability(codebook.device)
     if capability is None or cuda_compile.missing():
         return False
     packed = indices.dtype == torch.int32
     return not cuda_plan.obstacle(vector_len, codebook.dtype, packed, outlier_codebook is not None, capability)
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache

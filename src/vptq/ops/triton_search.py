@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from vptq.ops import columns, search, triton_paths
+from vptq.ops import columns, devices, search, triton_paths
 from vptq.ops import triton_nearest as kernels
 
 TILE = 64
@@ -130,7 +129,7 @@ def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, T
     vectors, book = vectors.contiguous(), Book.of(codebook)
     indices = vectors.new_empty((count, beam), dtype=torch.int64)
     distances = vectors.new_empty((count, beam))
-    with _current(vectors.device):
+    with devices.current(vectors.device):
         for part in _parts(count, 1, book, beam):
             cut = _Cut(1, (part.stop - part.start) * length, length)
             ranked = _rank(vectors[part], None, None, cut, book, beam)
@@ -177,7 +176,7 @@ def assign_columns(
     partners = None if residual is None or summed else residual.contiguous()
     per_column = -(-rows // main.shape[1])
     steps = _parts(count, per_column, book, tried) if coupling is None else (slice(p, p + 1) for p in range(count))
-    with _current(base.device):
+    with devices.current(base.device):
         for at in steps:
             target = base[at] if coupling is None else _target(base, coupling, errors, at.start)
             cut = _Cut(len(target), rows, main.shape[1])
@@ -205,7 +204,7 @@ def _rank(
     """For each vector and split the best tiles: lowest scores and numbers [vectors, splits, slots]."""
     slots, blocks = _slots(book, beam), cut.blocks(RANK_ROWS)
     least = 1 if slots == 1 else SPLIT_TILES * slots
-    wanted = max(1, PROGRAMS * _multiprocessors(x.device) // blocks)
+    wanted = max(1, PROGRAMS * devices.multiprocessors(x.device) // blocks)
     tiles_a_split = max(-(-book.tiles // wanted), min(least, book.tiles))
     splits = -(-book.tiles // tiles_a_split)
     minima = x.new_empty((blocks * RANK_ROWS, splits, slots))
@@ -240,7 +239,7 @@ def _power_of_two(count: int) -> int:
 
 
 def _refuses(device: torch.device, length: int, beam: int) -> bool:
-    why = triton_paths.obstacle(length, torch.float32, _capability(device))
+    why = triton_paths.obstacle(length, torch.float32, devices.capability(device))
     if not why and beam > MAX_BEAM:
         why = f"a beam of {beam} (at most {MAX_BEAM})"
     if why:
@@ -257,28 +256,9 @@ def _tell(why: str) -> None:
 def _precision(device: torch.device) -> str:
     """How a product of float32 numbers is made: on tensor cores from three bfloat16 parts each, which keep all 24 bits
     (six products), where there are such; otherwise by float32 arithmetic. TF32 would lose 13 bits."""
-    capability = _capability(device)
+    capability = devices.capability(device)
     if capability is None or capability < (8, 0):
         return "ieee"
     from triton.backends.nvidia.compiler import CUDAOptions
 
     return "bf16x6" if "bf16x6" in CUDAOptions.allowed_dot_input_precisions else "ieee"
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1  # interpreted
-    return int(getattr(torch.get_device_module(device).get_device_properties(device), "multi_processor_count", 64))
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the one that holds the tensors."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -98,9 +98,7 @@ def _how_made(report: Report) -> str:
         **({"rotations": "of the residual stream and the heads, folded into the weights"} if report.rotated else {}),
         "seed": str(report.seed),
     }
-    again = (
-        f"\nThe same again, from the same model and text:\n\n```sh\n{report.command}\n```\n" if report.command else ""
-    )
+    again = f"\nThe same again, from the same model and text:\n\n```sh\n{report.command}\n```\n"
     return "## How it was made\n\n" + _table(rows) + (again if report.command else "")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from vptq.index_use import CodebookUse
-from vptq.quantize.report import LayerReport, Report
+from vptq.quantize.report import LayerReport, Report, is_drawable
 
 # Light to dark blue; equal steps of lightness, so that a print in grey says the same.
 LIGHT, DARK = (237, 243, 250), (8, 48, 107)
@@ -44,7 +44,7 @@ def report_page(report: Report, uses: Iterable[CodebookUse] = ()) -> str:
         report: What to show.
         uses: How often the centroids of its layers are used; nothing leaves that part out.
     """
-    losses = {layer.name: (layer.loss, f"{layer.loss:.3%}") for layer in report.layers if _is_drawable(layer.loss)}
+    losses = {layer.name: (layer.loss, f"{layer.loss:.3%}") for layer in report.layers if is_drawable(layer.loss)}
     kinds = list(dict.fromkeys(_place(layer.name)[1] for layer in report.layers))
     bits = {layer.name: (layer.bits_per_weight, f"{layer.bits_per_weight:.3f} bits") for layer in report.layers}
     title = f"{report.model}, {report.bits_per_weight:.2f} bits per weight"
@@ -67,7 +67,7 @@ def report_page(report: Report, uses: Iterable[CodebookUse] = ()) -> str:
 
 def _facts(report: Report) -> dict[str, str]:
     done = report.finetuning
-    worst = max((layer for layer in report.layers if _is_drawable(layer.loss)), key=lambda x: x.loss, default=None)
+    worst = max((layer for layer in report.layers if is_drawable(layer.loss)), key=lambda x: x.loss, default=None)
     return {
         **({"budget": report.budget, "specs": report.spec} if report.budget else {"spec": report.spec}),
         **({"output head": report.lm_head} if report.lm_head else {}),
@@ -228,7 +228,3 @@ def _duration(seconds: float) -> str:
 def _mean(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
-
-
-def _is_drawable(loss: float) -> bool:
-    return math.isfinite(loss) and loss > 0

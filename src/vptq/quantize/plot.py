@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from vptq.quantize.report import LayerReport, Report
+from vptq.quantize.report import LayerReport, Report, is_drawable
 
 # Okabe and Ito's palette, told apart by readers with any kind of color vision, here and on paper.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800")
@@ -74,7 +74,7 @@ def _draw_depth(axes: Axes, kinds: dict[str, list[LayerReport]]) -> None:
     for index, (kind, layers) in enumerate(kinds.items()):
         blocks: dict[int, list[float]] = defaultdict(list)
         for layer in layers:
-            if _drawable(layer.loss):
+            if is_drawable(layer.loss):
                 blocks[_block_of(layer)].append(layer.loss)
         depths = sorted(blocks)
         axes.plot(
@@ -96,7 +96,7 @@ def _draw_stages(axes: Axes, kinds: dict[str, list[LayerReport]], stages: list[s
     for index, layers in enumerate(kinds.values()):
         points = []
         for position, stage in enumerate(stages):
-            losses = [layer.losses[stage] for layer in layers if _drawable(layer.losses.get(stage, math.nan))]
+            losses = [layer.losses[stage] for layer in layers if is_drawable(layer.losses.get(stage, math.nan))]
             if losses:
                 points.append((position, sum(losses) / len(losses)))
         axes.plot(
@@ -123,7 +123,3 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=INK, labelsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _drawable(loss: float) -> bool:
-    return math.isfinite(loss) and loss > 0

@@ -55,6 +55,11 @@ class LayerReport:
         return next(reversed(self.losses.values()), math.nan)
 
 
+def is_drawable(loss: float) -> bool:
+    """Whether a loss has a place on a logarithmic scale."""
+    return math.isfinite(loss) and loss > 0
+
+
 @dataclass
 class Report:
     """What became of a model.
