@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,14 +36,13 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
     return fast
 
 
-def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model with its tokenizer."""
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> None:
+    """Write the model with its tokenizer; `sizes` are those of its configuration that shall differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        **({"hidden_size": 32, "intermediate_size": 48} | sizes),
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

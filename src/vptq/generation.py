@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # The first two are OpenAI's: the model ended the answer, or a stop string did; or it was cut off.
 FinishReason = Literal["stop", "length", "given up"]
 
+# What people are told where there is nothing else to show.
+WORDLESS = "The model ended its answer without a word"
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -46,6 +49,11 @@ class Finish:
     reused_tokens: int
     first_token_seconds: float
     tokens_per_second: float
+
+    @property
+    def length(self) -> str:
+        """How many tokens, for people to read."""
+        return f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
 
 
 class PrefixCache:

@@ -7,11 +7,14 @@ or nothing at all. When 4.57 goes, so does this file. Nothing here imports trans
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from vptq.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +120,34 @@ def watch_checkpoint_files() -> None:
 def checkpoint_files() -> list[str] | None:
     """The files that `watch_checkpoint_files` has seen last in this thread; None for a model without any."""
     return _checkpoint_files.get()
+
+
+def refuse_overlooked_configs() -> None:
+    """Have transformers refuse a `quantization_config` inside `text_config` where it looks at the top alone.
+
+    4.57 and 5.0 do, and an unknown number of versions after it: the quantized layers would be random. Hence no version
+    is asked for, but whether a quantizer was found.
+    """
+    from transformers.quantizers import auto
+
+    find: Callable[..., Any] = auto.get_hf_quantizer
+    if hasattr(find, "__wrapped__"):
+        return
+
+    @wraps(find)
+    def find_or_refuse(config: Any, *args: Any, **kwargs: Any) -> Any:
+        found = find(config, *args, **kwargs)
+        nested = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+        if found[0] is None and isinstance(nested, dict) and nested.get("quant_method") == "vptq":
+            raise ConfigError(
+                "config.json has its quantization_config inside text_config, which this version of transformers "
+                "overlooks; move it to the top of config.json, or: pip install 'transformers>=5.17,<5.20'"
+            )
+        return found
+
+    auto.get_hf_quantizer = find_or_refuse
+    if (users := sys.modules.get("transformers.modeling_utils")) is not None:  # it took the name before
+        vars(users)["get_hf_quantizer"] = find_or_refuse
 
 
 def casts_every_float() -> bool:

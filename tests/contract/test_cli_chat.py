@@ -15,10 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from vptq.cli.chat import _take_turn
+from vptq.cli.loading import load
+from vptq.conversation import Conversation
+from vptq.generation import WORDLESS
+
 Run = Callable[..., tuple[int, str, str]]
-STATUS = re.compile(r"\d+ tokens \| .* \| context \d+ of 256 \| memory [\d.]+ [MG]B")
+STATUS = re.compile(r"\d+ tokens? \| .* \| context \d+ of 256 \| memory [\d.]+ [MG]B")
 
 
 @pytest.fixture
@@ -115,6 +121,23 @@ def test_what_cannot_be_done_is_one_line_and_the_chat_goes_on(
     assert (status, len(out.splitlines())) == (0, 1)
     (error,) = (each for each in err.splitlines() if each.startswith("error: "))
     assert message in error
+
+
+@pytest.mark.parametrize(("interactive", "out"), [(True, ""), (False, "\n")])
+def test_an_answer_without_a_word_is_said_to_be_one(
+    interactive: bool, out: str, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end_at_once(module: torch.nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        return logits + 1000 * (torch.arange(logits.shape[-1]) == tokenizer.eos_token_id)
+
+    model, tokenizer = load(str(tiny_model_folder))
+    model.lm_head.register_forward_hook(end_at_once)
+    _take_turn(Conversation(model, tokenizer, ""), "ba de", interactive)
+    captured = capsys.readouterr()
+    assert captured.out == out
+    said, status = captured.err.splitlines()
+    assert said == f"{WORDLESS}."
+    assert status.startswith("1 token | ")
 
 
 @pytest.fixture

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from itertools import takewhile
-from pathlib import Path
 
 import pytest
 from command_lines import parse
+from doc_pages import README, ROOT, arguments_of, blocks, shell_lines, words_of
 
 import vptq
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-
-
-def blocks(language: str) -> Iterator[str]:
-    for page in PAGES:
-        yield from re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-
-
-def shell_lines() -> list[str]:
-    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
-    lines = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return list(dict.fromkeys(lines))
 
 
 def test_the_readme_has_commands_and_python() -> None:
@@ -37,16 +19,15 @@ def test_the_readme_has_commands_and_python() -> None:
     assert any(blocks("python"))
 
 
-@pytest.mark.parametrize("line", list(shell_lines()), ids=lambda line: line.partition("#")[0].strip())
+@pytest.mark.parametrize("line", shell_lines())
 def test_shell_command_is_understood(line: str) -> None:
-    words = list(takewhile(lambda word: word not in ("<", ">", "|"), shlex.split(line, comments=True)))
-    if words[0] == "make":
+    words, _ = words_of(line)
+    arguments = arguments_of(words)
+    if arguments is not None:
+        parse(arguments)
+    elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
-    elif words[0] == "vptq":
-        parse(words[1:])
-    elif words[:3] == ["python", "-m", "vptq"]:
-        parse(words[3:])
     elif words[:2] in (["pip", "install"], ["pip", "uninstall"]) or words[0] in ("git", "cd"):
         return
     elif words[0] == "python":

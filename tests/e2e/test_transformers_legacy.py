@@ -203,42 +203,6 @@ def test_the_output_embedding_may_be_quantized(make_checkpoint, tmp_path):
         assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-@needs_transformers("5.17", "looks for it at the top alone")
-def test_quantization_config_inside_the_text_config(make_checkpoint, tmp_path):
-    """Composite models: the algorithm branch wrote into text_config."""
-    stored = make_checkpoint(dtype=torch.float32)
-    text = {key: value for key, value in stored.config.items() if key != "architectures"}
-    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 8}
-    composite = {"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_index": 5}
-    nested = copy.deepcopy(stored)
-    config = transformers.AutoConfig.for_model(**composite)
-    dense = transformers.LlavaForConditionalGeneration(copy.deepcopy(config)).to(torch.float32)
-
-    moved = {path: path.replace("model.", "model.language_model.", 1) for path in stored.weights}
-    own = {name: t for name, t in dense.state_dict().items() if not name.startswith("model.language_model.layers")}
-    nested.tensors = {name: tensor.detach().clone() for name, tensor in own.items()}
-    for name, tensor in stored.tensors.items():
-        if ".layers." in name:
-            nested.tensors[name.replace("model.", "model.language_model.", 1)] = tensor
-    entries = text["quantization_config"]["config_for_layers"]
-    text["quantization_config"]["config_for_layers"] = {moved[path]: entry for path, entry in entries.items()}
-    nested.config = {"architectures": ["LlavaForConditionalGeneration"], "dtype": "float32", **composite}
-    folder = nested.write(tmp_path / "llava")
-
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
-    found = {path for path, module in model.named_modules() if isinstance(module, VQuantLinear)}
-    assert found == set(moved.values())
-    for name, tensor in model.model.language_model.layers.state_dict().items():
-        assert torch.equal(tensor, nested.tensors[f"model.language_model.layers.{name}"]), name
-    model.save_pretrained(tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved/config.json").read_text())
-    assert saved["quantization_config"]["config_for_layers"].keys() == set(moved.values())
-    assert "quantization_config" not in saved["text_config"]
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(again), logits(model))
-
-
 @needs_transformers("5.17", "has no such model")
 def test_the_text_model_of_a_composite_checkpoint(make_checkpoint, tmp_path):
     """AutoModelForCausalLM takes the text model out of some composites, and renames everything on the way."""

@@ -8,7 +8,7 @@ from typing import Any
 from vptq.app.models import LoadedModels
 from vptq.engine import Answer, Engine, QueueFullError
 from vptq.errors import VPTQError
-from vptq.generation import Finish, chat_prompt, generate_text, text_prompt
+from vptq.generation import WORDLESS, Finish, chat_prompt, generate_text, text_prompt
 from vptq.sampling import Sampling
 
 # How often somebody who waits is told how things stand, in seconds.
@@ -62,12 +62,12 @@ class Chat:
             text += piece
             yield text, "answering"
         if not text:
-            yield "", "The model ended its answer without a word"
+            yield "", WORDLESS
             return
         finish = answer.finish
         speed = f", {finish.tokens_per_second:.1f} tokens/s" if finish.tokens_per_second else ""
         cut = ", cut there" if finish.reason == "length" else ""
-        yield text, f"{finish.tokens} tokens{speed}, first after {finish.first_token_seconds:.2f} s{cut}"
+        yield text, f"{finish.length}{speed}, first after {finish.first_token_seconds:.2f} s{cut}"
 
     def _waiting(self, answer: Answer, model: str) -> str:
         if ahead := self._engine.ahead_of(answer):

@@ -101,6 +101,8 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _take_turn(conversation: Conversation, question: str, interactive: bool) -> None:
+    from vptq.generation import WORDLESS
+
     def show(text: str) -> None:
         sys.stdout.write(text.translate(_CONTROL) if interactive else text)
         sys.stdout.flush()
@@ -115,7 +117,11 @@ def _take_turn(conversation: Conversation, question: str, interactive: bool) -> 
             show("\n")
             messages().print("Stopped; the question is taken back.", style="dim")
             return
-    show("\n")
+    wordless = not answer.text and answer.finish.reason == "stop"
+    if not (wordless and interactive):  # who reads a pipe counts lines
+        show("\n")
+    if wordless:
+        messages().print(f"{WORDLESS}.", style="yellow", soft_wrap=True)
     if answer.forgotten_turns:
         turns = "turn" if answer.forgotten_turns == 1 else "turns"
         messages().print(
@@ -152,7 +158,7 @@ def _status(answer: Answer, conversation: Conversation) -> str:
     parts = [
         *(["stopped"] if finish.reason == "given up" else []),
         *(["cut at max_new_tokens or the end of the context"] if finish.reason == "length" else []),
-        f"{finish.tokens} tokens",
+        finish.length,
         *([f"{finish.tokens_per_second:.1f} tokens/s"] if finish.tokens_per_second else []),
         f"first after {finish.first_token_seconds:.2f} s",
         f"context {finish.prompt_tokens + finish.tokens:,}{of_context}",

@@ -32,7 +32,12 @@ from vptq.integrations.offload import index_tensors, is_offloaded, keep_layers_w
 from vptq.integrations.precision import check_fits, dtype_for
 from vptq.linear import VQuantLinear
 from vptq.shared_input import fuse_shared_inputs
-from vptq.transformers_versions import casts_every_float, is_excluded, watch_checkpoint_files
+from vptq.transformers_versions import (
+    casts_every_float,
+    is_excluded,
+    refuse_overlooked_configs,
+    watch_checkpoint_files,
+)
 from vptq.transformers_versions import checkpoint_files as watched_files
 from vptq.weight import check_indices, normalize
 
@@ -223,3 +228,4 @@ def _drop_nested_config(model: PreTrainedModel) -> None:
 # hook comes back here before anything below that import exists.
 auto.AUTO_QUANTIZER_MAPPING["vptq"] = VptqHfQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vptq"] = VptqConfig
+refuse_overlooked_configs()
