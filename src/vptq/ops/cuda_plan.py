@@ -154,7 +154,7 @@ def obstacle(vector_len: int, dtype: torch.dtype, packed: bool, outliers: bool, 
 def describe(kind: Kind | None) -> str:
     """Where a kind's codebooks lie, for people to read."""
     if kind is None:
-        return "not even its indices fit the shared memory of this GPU"
+        return "not even a step of its inputs fits the shared memory of this GPU"
     places = [_place("main", kind.copies)]
     if kind.residual_bits:
         places.append(_place("residual", kind.residual_copies))
@@ -169,9 +169,9 @@ def _place(name: str, copies: int) -> str:
 
 @lru_cache
 def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, card: Card) -> Kind | None:
-    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if not even its indices fit.
+    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if not even a step of its inputs fits.
 
-    The smaller codebook is placed first, and copied first while there is room.
+    Each is placed once before any is copied; the smaller first, which gains more by its copies.
     """
     bare = Kind(dtype, vector_len, bits, residual_bits)
     room = card.shared_bytes - max(bare.fixed_bytes(tokens) + _input_bytes(tokens, STEP) for tokens in TOKENS)
@@ -181,18 +181,14 @@ def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, 
     if residual_bits:
         books["residual_copies"] = _book(vector_len, residual_bits)
     copies = dict.fromkeys(books, 0)
-    grown = True
-    while grown:
-        grown = False
+    for most in (1, 128 // _piece(vector_len)):
         for name in sorted(books, key=books.__getitem__):
-            more = copies[name] or 1
-            useful = not copies[name] or (
-                copies[name] < 128 // _piece(vector_len) and 2 * more * books[name] <= COPIED_BYTES
-            )
-            if useful and more * books[name] <= room:
+            while copies[name] < most:
+                more = copies[name] or 1
+                if more * books[name] > room or (copies[name] and 2 * more * books[name] > COPIED_BYTES):
+                    break
                 copies[name] += more
                 room -= more * books[name]
-                grown = True
     return Kind(dtype, vector_len, bits, residual_bits, **copies)
 
 
