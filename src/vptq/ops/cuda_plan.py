@@ -98,7 +98,7 @@ class Kind:
 
     def fixed_bytes(self, tokens: int) -> int:
         """Shared memory besides codebooks and input: the sums of warps."""
-        return self.warps(tokens) * 4 * (2 * self.sums(tokens) + tokens)
+        return self.warps(tokens) * 2 * (4 * self.sums(tokens) + tokens)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _place(name: str, copies: int) -> str:
 
 @lru_cache
 def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, card: Card) -> Kind | None:
-    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if not even a step of its inputs fits.
+    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if no step of its inputs fits.
 
     Each is placed once before any is copied; the smaller first, which gains more by its copies.
     """

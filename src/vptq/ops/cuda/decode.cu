@@ -24,7 +24,7 @@ struct Kind {
   static constexpr int kRows = kVectorSums <= 8 ? 4 : kVectorSums <= 32 ? 2 : 1;  // what a lane sums stays in registers
   static constexpr int kSums = kRows * kVectorSums;
   static constexpr int kWarps = kSums <= 48 ? 16 : 8;
-  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kThreads = kWarps * kLanes, kHalf = kThreads / 2;
   static constexpr int kHeld = (kSums + kLanes - 1) / kLanes;  // of the sums, by each lane at the end
 };
 
@@ -36,7 +36,7 @@ struct Shared {
   K::Residual::Piece* residual;  // K::Residual::kSharedBytes
   float* x;                      // [tokens, slice], scaled, each column in its `place`
   float* parts;                  // [2, warps, sums]
-  float* shifted;                // [warps, tokens]; the first line becomes the sum
+  float* shifted;                // [half of the warps, tokens]; the first line becomes the sum
 
   VPTQ_DEVICE Shared(char* at, int slice) {
     book = reinterpret_cast<K::Main::Piece*>(at);
@@ -71,19 +71,20 @@ struct Walk {
 
 // The slice's inputs times scales in quantized order, and the sums of inputs times column biases, one a token.
 //
-// The latter need no order, only that all slices together take every column once.
+// The latter need no order, only that all slices together take every column once. By half of the block, of which this is
+// thread `thread`; the block then has to meet, and to call `add_shifted`.
 VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, const Layer& layer, int tokens,
                              int in_features, int before, int count, int slice, int thread) {
   const unsigned short *const perm = layer.perm, *const scale = layer.scale, *const shift = layer.shift;
   float shifted[K::kTokens] = {};
-  constexpr int kTogether = 4;  // columns of a thread whose loads are on the way together
+  constexpr int kTogether = K::kTokens <= 2 ? 8 : 4;  // columns of a thread whose loads are on the way together
 #pragma unroll 1
-  for (int base = thread; base < count; base += kTogether * K::kThreads) {
+  for (int base = thread; base < count; base += kTogether * K::kHalf) {
     int column[kTogether], original[kTogether];
     float factor[kTogether], weight[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int next = base + i * K::kThreads;
+      const int next = base + i * K::kHalf;
       column[i] = next < count ? next : base;  // once more, since loads behind a branch would wait for each other
       original[i] = before + column[i];
       if (perm) original[i] = min(static_cast<int>(perm[original[i]]), in_features - 1);
@@ -110,11 +111,12 @@ VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, cons
     for (int distance = 1; distance < kLanes; distance *= 2) shifted[t] += swap_lanes(shifted[t], distance);
     if (thread % kLanes == 0) shared.shifted[thread / kLanes * K::kTokens + t] = shifted[t];
   }
-  __syncthreads();
-  if (thread < K::kTokens) {
+}
+
+VPTQ_DEVICE void add_shifted(const Shared& shared, int thread) {
+  if (thread >= K::kTokens) return;
 #pragma unroll 1
-    for (int warp = 1; warp < K::kWarps; ++warp) shared.shifted[thread] += shared.shifted[warp * K::kTokens + thread];
-  }
+  for (int warp = 1; warp < K::kWarps / 2; ++warp) shared.shifted[thread] += shared.shifted[warp * K::kTokens + thread];
 }
 
 // The indices of the rows of a step.
@@ -218,11 +220,17 @@ decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, f
   walk.stride = layer.blocks * at_once;
   StepIndices ahead;
   ahead.load(indices, walk, num_rows, line_length, wide, lane);
-  K::Main main;
-  K::Residual residual;
-  main.place<K::kThreads>(codebook, shared.book, thread);
-  residual.place<K::kThreads>(residual_codebook, shared.residual, thread);
-  stage_input(shared, x, layer, tokens, in_features, group * group_size + first, count, slice, thread);
+  const K::Main main(codebook, shared.book, lane);
+  const K::Residual residual(residual_codebook, shared.residual, lane);
+  // Both wait for memory again and again, so side by side.
+  if (thread < K::kHalf) {
+    K::Main::fill<K::kHalf>(codebook, shared.book, thread);
+    K::Residual::fill<K::kHalf>(residual_codebook, shared.residual, thread);
+  } else {
+    stage_input(shared, x, layer, tokens, in_features, group * group_size + first, count, slice, thread - K::kHalf);
+  }
+  __syncthreads();
+  add_shifted(shared, thread);
   __syncthreads();
 
   int side = 0;
@@ -276,7 +284,7 @@ extern "C" __global__ void add_parts(const float* __restrict__ parts, unsigned s
   const int place = blockIdx.x * blockDim.x + threadIdx.x;
   if (place >= outputs) return;
   float total = 0.0f;
-#pragma unroll 8  // loads that are on the way together
+#pragma unroll 16  // loads that are on the way together
   for (int slice = 0; slice < slices; ++slice) total += parts[static_cast<long long>(slice) * outputs + place];
   out[place] = K::F::narrow(total);
 }

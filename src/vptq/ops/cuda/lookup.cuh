@@ -90,17 +90,16 @@ struct Book {
   const unsigned short* stored;
   const Piece* shared;  // this lane's copy
 
-  // Fills `at` by all THREADS of the block, which then have to meet.
+  VPTQ_DEVICE Book(const unsigned short* codebook, const Piece* at, int lane)
+      : stored(codebook), shared(at + lane % max(COPIES, 1)) {}
+
+  // Fills `at` by THREADS of the block, of which this is number `thread`.
   template <int THREADS>
-  VPTQ_DEVICE void place(const unsigned short* codebook, Piece* at, int thread) {
-    stored = codebook;
-    if constexpr (COPIES > 0) {
+  static VPTQ_DEVICE void fill(const unsigned short* codebook, Piece* at, int thread) {
 #pragma unroll 8  // loads that are on the way together
-      for (int base = 0; base < kSharedPieces; base += THREADS) {
-        const int i = base + thread, piece = i / COPIES;
-        if (i < kSharedPieces) at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
-      }
-      shared = at + thread % COPIES;
+    for (int base = 0; base < kSharedPieces; base += THREADS) {
+      const int i = base + thread, piece = i / max(COPIES, 1);
+      if (i < kSharedPieces) at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
     }
   }
 
