@@ -96,10 +96,12 @@ struct Book {
   // Fills `at` by THREADS of the block, of which this is number `thread`.
   template <int THREADS>
   static VPTQ_DEVICE void fill(const unsigned short* codebook, Piece* at, int thread) {
+    if constexpr (COPIES > 0) {
 #pragma unroll 8  // loads that are on the way together
-    for (int base = 0; base < kSharedPieces; base += THREADS) {
-      const int i = base + thread, piece = i / max(COPIES, 1);
-      if (i < kSharedPieces) at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+      for (int base = 0; base < kSharedPieces; base += THREADS) {
+        const int i = base + thread, piece = i / COPIES;
+        if (i < kSharedPieces) at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+      }
     }
   }
 
