@@ -97,10 +97,19 @@ struct Book {
   template <int THREADS>
   static VPTQ_DEVICE void fill(const unsigned short* codebook, Piece* at, int thread) {
     if constexpr (COPIES > 0) {
-#pragma unroll 8  // loads that are on the way together
-      for (int base = 0; base < kSharedPieces; base += THREADS) {
-        const int i = base + thread, piece = i / COPIES;
-        if (i < kSharedPieces) at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+      constexpr int kTogether = 8;  // loads of a thread that are on the way together
+#pragma unroll 1
+      for (int base = thread; base < kSharedPieces; base += kTogether * THREADS) {
+        Piece pieces[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int piece = min(base + j * THREADS, kSharedPieces - 1) / COPIES;
+          pieces[j] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (base + j * THREADS < kSharedPieces) at[base + j * THREADS] = pieces[j];
+        }
       }
     }
   }
