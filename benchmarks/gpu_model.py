@@ -14,109 +14,41 @@ the code. Times are in microseconds.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, factorial
 
 import torch
+from gpu_devices import (
+    DEVICES,
+    ISSUED,
+    LAUNCH,
+    LINE,
+    MEMORY_REACHED,
+    NEXT_LAUNCH,
+    READ,
+    SECTOR,
+    TENSOR_REACHED,
+    WARP,
+    Device,
+    Prediction,
+    Shape,
+)
 
 from vptq.config import LayerConfig
 from vptq.ops import cuda_plan, triton_paths
-from vptq.ops.cuda_plan import Card, Kind
+from vptq.ops.cuda_plan import Kind
 from vptq.spec import QuantSpec
 
 CONFIGS = (
     *("v8-k256-256", "v8-k4096", "v6-k4096", "v4-k256", "v8-k65536", "v8-k65536-256", "v12-k4096-4096"),
     "v16-k65536-65536",
 )
-Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = (
     *((8192, 28672), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (8192, 8192)),
     (1024, 8192),
 )
 """Out x in: the layer of the project's aims, Llama-2-7B's, the rest of 70B's (its k and v come last)."""
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
-
-MEMORY_REACHED, TENSOR_REACHED = 0.9, 0.7
-"""Shares of the published rates that a long stream, and the vendor's matrix multiplication, are taken to reach."""
-LAUNCH, NEXT_LAUNCH = 3.0, 1.0
-"""Of a CUDA graph of one kernel, start to end without work, and of each further kernel behind it. Assumed."""
-LINE, SECTOR, WARP = 128, 32, 32
-ISSUED = 4
-"""Instructions that a multiprocessor begins in a cycle, one for each of its schedulers."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU's figures.
-
-    Attributes:
-        name: Part of the name that PyTorch gives it.
-        card: What `cuda_plan` wants to know.
-        gigahertz: Clock, under load.
-        memory: TB/s, published.
-        cache: TB/s of the second-level cache, as others measured it.
-        tensor: TFLOP/s of float16 with float32 sums, dense, published.
-        near: Bytes of a table that the first-level cache keeps beside shared memory and streams. Assumed.
-        lines: Different lines of the first-level cache that one load of a warp reaches in a cycle. Assumed.
-    """
-
-    name: str
-    card: Card
-    gigahertz: float
-    memory: float
-    cache: float
-    tensor: float
-    near: int
-    lines: int = 1
-
-    def alone(self, cycles: float) -> float:
-        """Microseconds of cycles that every multiprocessor spends."""
-        return cycles / self.gigahertz / 1e3
-
-    def shared(self, cycles: float) -> float:
-        """Microseconds of cycles that all multiprocessors share."""
-        return self.alone(cycles) / self.card.multiprocessors
-
-    def streamed(self, moved: float) -> float:
-        """Microseconds for so many bytes from memory."""
-        return moved / self.memory / 1e6
-
-    def cached(self, moved: float) -> float:
-        """Microseconds for so many bytes from the second-level cache."""
-        return moved / self.cache / 1e6
-
-    def multiplied(self, shape: Shape, tokens: int) -> float:
-        """Microseconds of the tensor cores."""
-        return 2 * tokens * shape[0] * shape[1] / self.tensor / 1e6
-
-
-H200 = Device("H200", Card(132, 227 << 10), 1.755, 4.8, 6.25, 989, 160 << 10)
-RTX_4090 = Device("RTX 4090", Card(128, 99 << 10), 2.52, 1.008, 5.0, 165, 77 << 10)
-DEVICES = {"h200": H200, "rtx_4090": RTX_4090}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Microseconds of a kernel, or of several one after the other.
-
-    Attributes:
-        busy: What each part of the GPU is busy for.
-        fixed: What comes on top of the busiest: launches, and staging before the first lookup.
-    """
-
-    busy: dict[str, float]
-    fixed: float
-
-    @property
-    def binds(self) -> str:
-        """The busiest part."""
-        return max(self.busy, key=lambda part: self.busy[part])
-
-    @property
-    def microseconds(self) -> float:
-        """All of it."""
-        return self.fixed + self.busy[self.binds]
 
 
 @lru_cache
@@ -164,40 +96,58 @@ def bound(device: Device, name: str, shape: Shape, tokens: int) -> float:
 
 
 def _cuda(device: Device, config: LayerConfig, kind: Kind, tokens: int) -> Prediction:
-    """`cuda/decode.cu`."""
-    columns = config.in_features
-    taken = next(count for count in cuda_plan.TOKENS if tokens <= count)
-    rows = kind.rows(taken)
-    fitting = (device.card.shared_bytes - kind.fixed_bytes(taken) - kind.book_bytes()) // (2 * (taken + 1))
-    slices = ceil(columns / fitting)
-    row_blocks = ceil(config.num_vectors / rows)
-    blocks = min(row_blocks, device.card.multiprocessors // slices)
-    # A multiprocessor works on whole row blocks; towards the end some have none left.
-    uneven = ceil(row_blocks / blocks) * device.card.multiprocessors / (row_blocks * slices)
-
-    width = kind.bits + kind.residual_bits
-    staged = 2 * WARP * width / 8 + 2 * WARP * (taken + 1) / rows  # bytes: indices in and out, inputs and scales
-    warps = config.num_vectors * columns / WARP * uneven
+    """`cuda/decode.cu`, cut by `cuda_plan.plan`."""
+    groups, outputs = config.num_groups, config.out_features
+    cut = cuda_plan.plan(kind, tokens, (outputs,), groups, config.in_features // groups, device.card)
+    rows, slices = kind.rows(cut.tokens), cut.grid[1]
+    # The busiest multiprocessor's: the others wait for it.
+    warps = cut.steps * cut.threads // WARP * rows * cuda_plan.STEP // WARP * device.card.multiprocessors
     parts = _lookups(device, config, kind)
+    words, lines = _index_loads(kind)
+    # Indices come through the first-level cache, which is shared memory's other half; inputs from shared memory.
+    staged = max(words, lines / device.lines) + cut.tokens / rows
     busy = {
         "memory": device.streamed(_moved(config, tokens)) / MEMORY_REACHED,
-        "cache": parts["cache"] * warps / uneven,
-        "lines": parts["lines"] * warps,
-        "shared memory": (parts["shared memory"] + device.shared(staged / LINE)) * warps,
-        "instructions": device.shared(instructions(kind, taken) / ISSUED) * warps,
+        "cache": parts["cache"] * config.num_vectors * config.in_features / WARP,
+        "lines": (parts["lines"] + device.shared(lines / device.lines)) * warps,
+        "shared memory": (parts["shared memory"] + device.shared(staged)) * warps,
+        "instructions": device.shared(instructions(kind, cut.tokens) / ISSUED) * warps,
     }
-    # Every block fills its codebooks, and gathers its inputs, scales and biases in the permutation's order.
-    unique = sum(book // copies for book, copies in _held(kind) if copies)
-    filled = device.cached(unique * device.card.multiprocessors) + device.alone(kind.book_bytes() / LINE)
-    gathered = device.alone(columns / slices * (tokens + 2) / device.lines) if config.enable_perm else 0.0
-    return Prediction(busy, LAUNCH + (NEXT_LAUNCH if slices > 1 else 0) + filled + gathered)
+    return Prediction(busy, LAUNCH + _staging(device, kind, cut) + _adding(device, slices * tokens * outputs, slices))
+
+
+def _index_loads(kind: Kind) -> tuple[float, float]:
+    """128 bytes that a warp's loads of indices return, and lines that they touch, for one vector in each lane."""
+    width = kind.bits + kind.residual_bits
+    together = 4 if width % 16 == 0 else 2 if width % 8 == 0 else 1
+    words = ceil(width / 4) + (width % 4 != 0)
+    return words / 8, words / together * ceil(width / 4) / 8
+
+
+def _staging(device: Device, kind: Kind, cut: cuda_plan.Plan) -> float:
+    """Before its first lookup half of each block fills the codebooks; the other half gathers inputs and scales."""
+    held, half = [(book, copies) for book, copies in _held(kind) if copies], cut.threads // 2
+    piece = 16 if kind.vector_len % 8 == 0 or kind.vector_len == 6 else 8
+    gathered = cut.columns * (cut.tokens + 1)
+    moved = sum(book // copies for book, copies in held) + SECTOR * gathered
+    reached = [device.cached(device.card.multiprocessors * moved), device.alone(gathered / device.lines)]
+    together = 8 if cut.tokens <= 2 else 4
+    # Eight loads of a codebook are on the way together; the permutation is waited for, then what it points to.
+    waits = sum(ceil(book / piece / half / 8) for book, _ in held), 2 * ceil(cut.columns / half / together)
+    return max(*reached, device.alone(kind.book_bytes() / LINE)) + READ * max(waits)
+
+
+def _adding(device: Device, parts: int, slices: int) -> float:
+    """Float32 parts of the slices, written, read and added in one more launch."""
+    return NEXT_LAUNCH + READ * ceil(slices / 16) + device.cached(2 * 4 * parts) if slices > 1 else 0.0
 
 
 def instructions(kind: Kind, tokens: int) -> float:
-    """Of a warp of the CUDA kernel, for one vector in each lane: widening, adding, multiplying, and finding them."""
-    books = 2 if kind.residual_bits else 1
-    arithmetic = kind.vector_len * (2 * books - 1 + tokens) + (2 * tokens + 1) / kind.rows(tokens)
-    return arithmetic + books * (4 + _pieces(kind.vector_len))
+    """Of a warp of the CUDA kernel, for one vector in each lane: adding, widening, multiplying, and finding them."""
+    v, rows, books = kind.vector_len, kind.rows(tokens), 2 if kind.residual_bits else 1
+    arithmetic = v * (1 + tokens) + v / 2 * (books - 1)
+    step = (40 + 10 * rows) / (8 * rows)  # the loads of the next indices, as in the code that NVRTC makes
+    return arithmetic + books * (4 + _pieces(v)) + tokens / (4 * rows) + step
 
 
 def _triton(device: Device, config: LayerConfig, tokens: int) -> Prediction:

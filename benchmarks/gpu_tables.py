@@ -1,8 +1,8 @@
 """GPU times as tables: measured ones on the terminal, and beside the model's predictions in the docs.
 
 A cell is microseconds and, in brackets, the share of what bounds the layer (`gpu_model.bound`), which the published
-figures of the GPU give; a GPU that is not among `gpu_model.DEVICES` has no share. The docs take what was measured from
-benchmarks/results/gpu-*.json, as soon as there is such a file for the GPU.
+figures of the GPU give; a GPU that is not among `gpu_devices.DEVICES` has no share. The docs take what was measured
+from benchmarks/results/gpu-*.json, as soon as there is such a file for the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_model
-from gpu_model import CONFIGS, DEVICES, H200, SHAPES, TOKENS, Device, Shape
+from gpu_devices import DEVICES, H200, Device, Shape
+from gpu_model import CONFIGS, SHAPES, TOKENS
 
 RESULTS = Path(__file__).parent / "results"
 DENSE = "float16 `linear`"

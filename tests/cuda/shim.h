@@ -1,9 +1,8 @@
 // A GPU's block of threads on one CPU thread, for the kernels of src/vptq/ops/cuda as plain C++.
 //
 // Takes device.cuh's place. Every thread of a block is a fiber; it runs until it has to wait for its warp or its block.
-// What a GPU leaves to chance is the worst case here: shared memory begins as NaN, copies arrive when they are waited for
-// and not before, lanes take turns in both orders, threads that wait for each other in vain end the program, and so do
-// bytes written beyond a block's shared memory.
+// What a GPU leaves to chance is the worst case here: shared memory begins as NaN, lanes take turns in both orders, threads
+// that wait for each other in vain end the program, and so do bytes written beyond a block's shared memory.
 #pragma once
 
 #include <ucontext.h>
@@ -13,7 +12,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <vector>
 
@@ -28,11 +26,6 @@ namespace shim {
 struct Index {
   int x, y;
 };
-struct Copy {
-  unsigned* to;
-  const unsigned* from;
-  int words;
-};
 enum Wait { kNone, kWarp, kBlock, kDone };
 
 constexpr int kStack = 64 << 10, kSharedBytes = 256 << 10, kWarpSize = 32;
@@ -43,7 +36,6 @@ struct Thread {
   Index index{};
   Wait wait = kNone;
   int shuffles = 0;
-  std::deque<std::vector<Copy>> copies;  // batches, the last still open
 };
 
 inline Thread* current;
@@ -78,7 +70,6 @@ inline void run_block(std::vector<Thread>& fibers) {
     Thread& fiber = fibers[i];
     fiber.index = {static_cast<int>(i), 0};
     fiber.wait = kNone;
-    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = kStack;
@@ -145,24 +136,6 @@ inline float swap_lanes(float value, int distance) {
   return slots[lane ^ distance];
 }
 
-template <int BYTES>
-void copy_async(unsigned* to, const unsigned* from) {
-  if (reinterpret_cast<size_t>(to) % BYTES != 0 || reinterpret_cast<size_t>(from) % BYTES != 0) {
-    shim::fail("copies from or to a place that is not aligned");
-  }
-  shim::current->copies.back().push_back({to, from, BYTES / 4});
-}
-
-inline void end_copies() { shim::current->copies.emplace_back(); }
-
-template <int PENDING>
-void wait_copies() {
-  auto& batches = shim::current->copies;
-  for (; batches.size() > PENDING + 1; batches.pop_front()) {
-    for (const shim::Copy& copy : batches.front()) std::memcpy(copy.to, copy.from, 4 * copy.words);
-  }
-}
-
 inline unsigned straddling(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<unsigned long long>(high) << 32 | low) >> (shift & 31));
 }
@@ -183,6 +156,10 @@ struct Half {
     const int fraction = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // ties to even
     return static_cast<unsigned short>(sign + ((exponent + 14) << 10) + fraction);
   }
+  static unsigned add(unsigned a, unsigned b) {
+    const unsigned low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));
+    return low | static_cast<unsigned>(narrow(widen(a >> 16) + widen(b >> 16))) << 16;
+  }
 };
 
 struct BFloat16 {
@@ -197,5 +174,9 @@ struct BFloat16 {
     std::memcpy(&bits, &value, 4);
     if (std::isnan(value)) return static_cast<unsigned short>(bits >> 16 | 0x40);
     return static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+  static unsigned add(unsigned a, unsigned b) {
+    const unsigned low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));
+    return low | static_cast<unsigned>(narrow(widen(a >> 16) + widen(b >> 16))) << 16;
   }
 };

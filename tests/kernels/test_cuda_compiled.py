@@ -51,9 +51,7 @@ CASES = [
 @pytest.mark.parametrize(("architecture", "form", "tokens"), CASES)
 def test_every_form_compiles_for_every_card(architecture: str, form: str, tokens: int) -> None:
     kind = kind_of(torch.float16, *FORMS[form], CARDS[architecture])
-    if kind is None:
-        assert (architecture, form) == ("sm_75", "v16-k65536-65536"), "only there not even the indices fit"
-        return
+    assert kind is not None
     log = io.StringIO()
     code = cuda_compile.compile_kernel(kind.parameters(tokens), architecture, log, ("-v",))
     assert code.code[:4] == b"\x7fELF"

@@ -85,6 +85,14 @@ def test_slices_of_columns_give_the_same(device: str, kernels: AsCpp | None) -> 
     assert_close(y, x, config, stored)
 
 
+def test_wide_layers_are_cut_though_they_would_fit(device: str, kernels: AsCpp | None) -> None:
+    """So that a block gathers few inputs; column biases are summed by all slices together, each column once."""
+    config = dataclasses.replace(ODD, in_features=8100, group_size=0)
+    check_decode(config, torch.float16, device, (1, 3))
+    if kernels is not None:
+        assert [grid[1] for grid in kernels.grids if len(grid) == 2] == [3] * 4, "one for each multiprocessor"
+
+
 def test_infinite_centroids_stay_in_their_rows(device: str) -> None:
     """What lies beyond the columns must not be looked up: times zero, infinity is NaN."""
     layer, _ = layer_of(LayerConfig(270, 24, 8, 64, num_residual_centroids=8), torch.float16, device)

@@ -23,6 +23,8 @@ from vptq.ops import cuda_launch, devices, triton_kernels, triton_launch, triton
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 PADDED = LayerConfig(611, 45, 6, 64, num_residual_centroids=8, enable_norm=True, enable_perm=True, bias=True)
+GROUPED = LayerConfig(2 * 611, 45, 8, 64, num_groups=2, enable_norm=True, enable_perm=True, bias=True)
+"""Its groups of columns write parts of sums to memory of the call's own, which a second kernel adds."""
 HARMLESS = {"new_empty", "empty_like", "view", "_unsafe_view", "slice"}
 """What PyTorch may be asked for in a call: memory, and another look at a tensor."""
 
@@ -50,12 +52,14 @@ def test_a_call_asks_for_memory_and_nothing_else(cuda: bool, folder: Path, monke
         monkeypatch.setattr(cuda_launch, "cuda_compile", AsCpp(folder, CARD))
         monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
         monkeypatch.setattr(triton_ops.cuda_compile, "missing", lambda: "")
-    (layer, _), pairs = layer_of(PADDED, torch.float16, "cpu"), layers_of(ALIKE, "cpu")
+    (layer, _), (grouped, _) = (layer_of(config, torch.float16, "cpu") for config in (PADDED, GROUPED))
+    pairs = layers_of(ALIKE, "cpu")
     together = group_arguments([other for other, _ in pairs])
     inputs = [torch.zeros(tokens, 611, dtype=torch.float16) for tokens in (1, 5, triton_paths.TILE_TOKENS)]
     with Recorder() as recorder:
         for x in inputs:
             triton_ops.linear(x, *layer._stored(), layer.bias, *layer._sizes)
+            triton_ops.linear(x.new_empty(len(x), 2 * 611), *grouped._stored(), grouped.bias, *grouped._sizes)
         triton_ops.dequantize(*layer._stored(), *layer._sizes)
         triton_ops.linear_group(inputs[0], *together)
     assert "new_empty" in recorder.names
@@ -82,11 +86,11 @@ def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 64, 200])
-@pytest.mark.parametrize("config", [ALIKE[0], PADDED], ids=["plain", "padded"])
+@pytest.mark.parametrize("config", [ALIKE[0], PADDED, GROUPED], ids=["plain", "padded", "grouped"])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_a_replay_sees_new_inputs(device: str, config: LayerConfig, tokens: int) -> None:
     layer, stored = layer_of(config, torch.float16, device)
-    x = torch.zeros(tokens, 611, dtype=torch.float16, device=device)
+    x = torch.zeros(tokens, config.in_features, dtype=torch.float16, device=device)
     replay = captured(lambda: layer(x))
     for seed in range(2):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))

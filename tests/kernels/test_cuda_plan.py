@@ -17,12 +17,14 @@ from vptq.ops.cuda_plan import STEP, TOKENS, Card, kind_of, obstacle, plan
     [
         ("v8-k256-256", H100, (8, 8)),
         ("v4-k256", H100, (16, 0)),
-        ("v8-k4096", H100, (1, 0)),
+        ("v8-k4096", H100, (2, 0)),
         ("v8-k4096", RTX_4090, (1, 0)),
         ("v8-k4096", T4, (0, 0)),
         ("v8-k4096-256", A100, (1, 8)),
+        ("v8-k4096-256", RTX_4090, (1, 4)),
         ("v8-k65536", H100, (0, 0)),
         ("v8-k65536-256", H100, (0, 8)),
+        ("v12-k4096-4096", H100, (1, 1)),
     ],
 )
 def test_where_codebooks_lie(form: str, card: Card, copies: tuple[int, int]) -> None:
@@ -60,19 +62,46 @@ def test_a_launch_covers_the_layer_within_the_card(
     assert sum(blocks for blocks in launch.blocks if blocks > 1) * launch.grid[1] <= card.multiprocessors
     assert launch.threads // 32 % launch.across == 0
     assert launch.across * STEP <= launch.columns
+    at_once = launch.kind.vector_len * launch.kind.rows(launch.tokens) * (launch.threads // 32 // launch.across)
+    longest = max(-(-outputs // (at_once * blocks)) for outputs, blocks in zip(rows, launch.blocks, strict=True))
+    assert launch.steps == longest * -(-launch.columns // (STEP * launch.across))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(8192, 28672), (28672, 8192)])
+def test_a_block_gathers_few_inputs_and_waits_for_few_others(form: str, shape: tuple[int, int]) -> None:
+    """At one token: a twelfth of the columns or less, and nine tenths of the card busy all the time."""
+    kind = kind_of(torch.float16, *FORMS[form], H100)
+    assert kind is not None
+    rows, columns = shape
+    launch = plan(kind, 1, (rows,), 1, columns, H100)
+    assert launch.columns <= columns / 12
+    steps = -(-rows // (kind.vector_len * kind.rows(1))) * columns / STEP
+    assert steps / (launch.steps * launch.threads // 32 * H100.multiprocessors) >= 0.9
+
+
+def test_what_is_small_is_not_cut_into_more_than_it_is() -> None:
+    kind = kind_of(torch.float16, *FORMS["v8-k4096"], H100)
+    assert kind is not None
+    launch = plan(kind, 1, (64,), 1, 256, H100)
+    assert launch.grid == (1, 1)
+    assert plan(kind, 1, (64,), 3, 256, H100).grid == (1, 3), "a group of columns has codebooks of its own"
 
 
 def test_layers_of_one_launch_share_the_card_by_their_rows() -> None:
     kind = kind_of(torch.float16, *FORMS["v8-k4096"], H100)
     assert kind is not None
-    assert plan(kind, 1, (4096, 1024, 1024), 1, 4096, H100).blocks == (88, 22, 22)
-    assert plan(kind, 1, (11008, 11008), 1, 4096, H100).blocks == (66, 66)
-    assert plan(kind, 1, (64, 16, 16), 1, 4096, H100).blocks == (4, 1, 1), "no more than they have work for"
+    launches = [plan(kind, 1, rows, 1, 4096, H100) for rows in ((4096, 1024, 1024), (11008, 11008), (64, 16, 16))]
+    first, second, third = (launch.blocks for launch in launches)
+    assert first[0] >= 3 * first[1] == 3 * first[2]
+    assert second[0] == second[1]
+    assert third == (1, 1, 1), "no more than they have work for"
 
 
-def test_a_card_too_small_for_the_indices_is_left_to_triton() -> None:
-    assert kind_of(torch.float16, *FORMS["v16-k65536-65536"], T4) is None
-    assert "not even its indices" in cuda_plan.describe(None)
+def test_a_card_too_small_for_a_step_is_left_to_triton() -> None:
+    assert kind_of(torch.float16, *FORMS["v16-k65536-65536"], T4) is not None
+    assert kind_of(torch.float16, *FORMS["v16-k65536-65536"], Card(40, 16 * KIB)) is None
+    assert "not even a step" in cuda_plan.describe(None)
 
 
 @pytest.mark.parametrize(

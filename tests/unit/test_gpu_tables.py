@@ -12,7 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_model
 import gpu_tables
-from gpu_model import H200, SHAPES
+from gpu_devices import H200
+from gpu_model import SHAPES
 
 
 def result(device: str = "NVIDIA H200", **more: Any) -> dict[str, Any]:

@@ -4,6 +4,9 @@ The kernel (`cuda/decode.cu`) looks vectors up in shared memory, which Triton ca
 copies as fit: with one for each group of banks (8 at vectors of 16 bytes, 16 at 8) no two lookups collide. One that
 does not fit, such as 65536 vectors of 8 (1 MB), stays in global memory, served by the second-level cache.
 
+Before its first lookup a block gathers the inputs of its columns in the permutation's order, two bytes at a time. So
+columns are cut into slices, as short as the parts of sums that this makes allow.
+
 Nothing here was measured on a GPU. What each choice should cost is in docs/performance.md.
 """
 
@@ -26,8 +29,12 @@ STEP = 256
 """Columns of a warp's step, `kStepColumns`."""
 LAYERS = 3
 """Layers that one launch takes, if they read the same input."""
-COPIED_BYTES = 64 << 10
-"""Of one codebook's copies, at most: a second of 4096 vectors of 8 would spare a tenth of the collisions on paper."""
+COPIED_BYTES = 128 << 10
+"""Of one codebook's copies, at most: two of 4096 vectors of 8, which on paper spare a twelfth of the cycles of one."""
+LOOKUP_CYCLES = 10
+"""What a vector in each lane of a warp takes a multiprocessor, about; a gathered input or 32 bytes of parts take 1."""
+ADD_CYCLES = 2000
+"""What adding the parts of slices takes besides: one more launch."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class Kind:
 
     def rows(self, tokens: int) -> int:
         """Vector rows that a lane sums at a time."""
-        return 2 if 2 * self.vector_len * tokens <= 64 else 1
+        sums = self.vector_len * tokens
+        return 4 if sums <= 8 else 2 if sums <= 32 else 1
 
     def sums(self, tokens: int) -> int:
         """Sums of a lane."""
@@ -78,7 +86,7 @@ class Kind:
 
     def warps(self, tokens: int) -> int:
         """Warps of a block: fewer where each needs more registers."""
-        return 16 if self.sums(tokens) <= 64 else 8
+        return 16 if self.sums(tokens) <= 48 else 8
 
     def book_bytes(self) -> int:
         """Shared memory for the codebooks."""
@@ -89,10 +97,8 @@ class Kind:
         return _book(self.vector_len, self.residual_bits) * self.residual_copies
 
     def fixed_bytes(self, tokens: int) -> int:
-        """Shared memory besides codebooks and input: the rings of indices, and the sums of warps."""
-        width = self.bits + self.residual_bits
-        ring = (4 if width <= 8 else 2) * self.rows(tokens) * STEP * width // 8
-        return self.warps(tokens) * (ring + 4 * (2 * self.sums(tokens) + tokens)) + 16
+        """Shared memory besides codebooks and input: the sums of warps."""
+        return self.warps(tokens) * 2 * (4 * self.sums(tokens) + tokens)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Plan:
         columns: Of a slice.
         slices_a_group: Slices of each group of columns.
         across: Warps of a block that share a row.
+        steps: Of the busiest warp, from its first to its last.
     """
 
     kind: Kind
@@ -120,6 +127,7 @@ class Plan:
     columns: int
     slices_a_group: int
     across: int
+    steps: int
 
 
 def obstacle(vector_len: int, dtype: torch.dtype, packed: bool, outliers: bool, capability: tuple[int, int]) -> str:
@@ -146,7 +154,7 @@ def obstacle(vector_len: int, dtype: torch.dtype, packed: bool, outliers: bool, 
 def describe(kind: Kind | None) -> str:
     """Where a kind's codebooks lie, for people to read."""
     if kind is None:
-        return "not even its indices fit the shared memory of this GPU"
+        return "not even a step of its inputs fits the shared memory of this GPU"
     places = [_place("main", kind.copies)]
     if kind.residual_bits:
         places.append(_place("residual", kind.residual_copies))
@@ -161,9 +169,9 @@ def _place(name: str, copies: int) -> str:
 
 @lru_cache
 def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, card: Card) -> Kind | None:
-    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if not even its indices fit.
+    """Where a layer's codebooks lie on a card, whatever the number of tokens; None if no step of its inputs fits.
 
-    The smaller codebook is placed first, and copied first while there is room.
+    Each is placed once before any is copied; the smaller first, which gains more by its copies.
     """
     bare = Kind(dtype, vector_len, bits, residual_bits)
     room = card.shared_bytes - max(bare.fixed_bytes(tokens) + _input_bytes(tokens, STEP) for tokens in TOKENS)
@@ -173,18 +181,14 @@ def kind_of(dtype: torch.dtype, vector_len: int, bits: int, residual_bits: int, 
     if residual_bits:
         books["residual_copies"] = _book(vector_len, residual_bits)
     copies = dict.fromkeys(books, 0)
-    grown = True
-    while grown:
-        grown = False
+    for most in (1, 128 // _piece(vector_len)):
         for name in sorted(books, key=books.__getitem__):
-            more = copies[name] or 1
-            useful = not copies[name] or (
-                copies[name] < 128 // _piece(vector_len) and 2 * more * books[name] <= COPIED_BYTES
-            )
-            if useful and more * books[name] <= room:
+            while copies[name] < most:
+                more = copies[name] or 1
+                if more * books[name] > room or (copies[name] and 2 * more * books[name] > COPIED_BYTES):
+                    break
                 copies[name] += more
                 room -= more * books[name]
-                grown = True
     return Kind(dtype, vector_len, bits, residual_bits, **copies)
 
 
@@ -201,28 +205,56 @@ def plan(kind: Kind, tokens: int, out_features: tuple[int, ...], groups: int, gr
         card: The GPU.
     """
     kernel = next(count for count in TOKENS if tokens <= count)
-    fixed = kind.fixed_bytes(kernel) + kind.book_bytes()
-    fitting = (card.shared_bytes - fixed) // _input_bytes(kernel, STEP) * STEP
-    slices = -(-group_size // fitting)
-    columns = _whole_steps(-(-group_size // slices))
-    slices = -(-group_size // columns)
-    warps = kind.warps(kernel)
-    across = min(warps, 1 << ((columns // STEP).bit_length() - 1))
+    room = card.shared_bytes - kind.fixed_bytes(kernel) - kind.book_bytes()
+    fewest = -(-group_size // (room // _input_bytes(kernel, STEP) * STEP))
+    most = max(fewest, min(-(-group_size // STEP), card.multiprocessors // groups))
+    cuts = (
+        _cut(kind, kernel, out_features, groups, group_size, columns, across, card)
+        for columns in sorted({_whole_steps(-(-group_size // slices)) for slices in range(fewest, most + 1)})
+        for across in (1, 2, 4, 8, 16)
+        if across <= min(kind.warps(kernel), columns // STEP)
+    )
+    return min(cuts, key=lambda cut: _cycles(cut, tokens, sum(out_features), card))
+
+
+def _cut(
+    kind: Kind,
+    kernel: int,
+    out_features: tuple[int, ...],
+    groups: int,
+    group_size: int,
+    columns: int,
+    across: int,
+    card: Card,
+) -> Plan:
+    """The launch with slices of so many columns, and so many warps across each; blocks are shared out by rows."""
+    slices, warps = -(-group_size // columns), kind.warps(kernel)
     at_once = kind.vector_len * kind.rows(kernel) * (warps // across)
     rounds = [-(-rows // at_once) for rows in out_features]
     room = card.multiprocessors // (groups * slices)
     blocks = tuple(max(1, min(some, room * some // sum(rounds))) for some in rounds)
+    longest = max(-(-some // own) for some, own in zip(rounds, blocks, strict=True))
     return Plan(
         kind,
         kernel,
         blocks,
         (sum(blocks), groups * slices),
         32 * warps,
-        fixed + _input_bytes(kernel, columns),
+        kind.fixed_bytes(kernel) + kind.book_bytes() + _input_bytes(kernel, columns),
         columns,
         slices,
         across,
+        longest * -(-columns // STEP // across),
     )
+
+
+def _cycles(cut: Plan, tokens: int, outputs: int, card: Card) -> int:
+    """What of a launch depends on how a layer is cut: the busiest block's lookups and gathered inputs, and parts."""
+    slices = cut.grid[1]
+    looked_up = cut.steps * cut.threads // 32 * cut.kind.rows(cut.tokens) * STEP // 32
+    parts = slices * tokens * outputs * 4
+    added = ADD_CYCLES + 2 * parts // (32 * card.multiprocessors) if slices > 1 else 0
+    return LOOKUP_CYCLES * looked_up + (cut.tokens + 1) * cut.columns + added
 
 
 def layer_kind(sizes: LayerSizes, card: Card) -> Kind | None:
@@ -243,8 +275,8 @@ def _book(vector_len: int, bits: int) -> int:
 
 
 def _input_bytes(tokens: int, columns: int) -> int:
-    """The slice's inputs and scales."""
-    return 2 * (tokens + 1) * columns
+    """The slice's inputs, as float32."""
+    return 4 * tokens * columns
 
 
 def _whole_steps(columns: int) -> int:

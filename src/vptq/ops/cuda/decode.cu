@@ -3,9 +3,12 @@
 // Compiled once for each kind of layer: VPTQ_KERNEL lists the parameters of `Kind`. A launch serves one layer, or up to
 // three that read the same input. A block keeps its layer's codebooks, and the inputs of its slice of columns, for as long
 // as it lives, and takes row blocks in turn; its warps share the columns of a row block, or take several row blocks at a
-// time where the slice is short. A warp streams its index rows through a ring of its own, a step of 256 columns ahead of
-// the arithmetic; a lane owns eight columns of a step. Sums are float32, and added in an order that depends on the layer,
-// the number of tokens and the card alone.
+// time. Slices are short, because every block gathers its inputs, in the permutation's order, before its first lookup
+// (ops/cuda_plan.py weighs that); what they sum to is added by a second kernel.
+//
+// A lane owns eight columns of a step of 256. It loads their indices, which are whole bytes at any width, a step ahead
+// of the arithmetic. Sums are float32, and added in an order that depends on the layer, the number of tokens and the card
+// alone.
 //
 // What binds is the rate of lookups, not bytes: hence as many copies of a codebook as fit (lookup.cuh), and kRows rows
 // to a lane, which share its inputs.
@@ -17,14 +20,11 @@ struct Kind {
   using Residual = Book<F, LENGTH, RESIDUAL_BITS, RESIDUAL_COPIES>;
   using Indices = LaneIndices<BITS + RESIDUAL_BITS>;
   static constexpr int kLength = LENGTH, kTokens = TOKENS_AT_ONCE, kBits = BITS, kResidualBits = RESIDUAL_BITS;
-  static constexpr int kRows = 2 * LENGTH * TOKENS_AT_ONCE <= 64 ? 2 : 1;     // what a lane sums stays in registers
-  static constexpr int kSums = kRows * TOKENS_AT_ONCE * LENGTH;
-  static constexpr int kWarps = kSums <= 64 ? 16 : 8;
-  static constexpr int kThreads = kWarps * kLanes;
-  static constexpr int kRowWords = kStepColumns * (BITS + RESIDUAL_BITS) / 32;  // of a step
-  static constexpr int kStages = BITS + RESIDUAL_BITS <= 8 ? 4 : 2;
-  static constexpr int kStageWords = kRows * kRowWords;
-  static constexpr int kRingWords = kStages * kStageWords;
+  static constexpr int kVectorSums = LENGTH * TOKENS_AT_ONCE;
+  static constexpr int kRows = kVectorSums <= 8 ? 4 : kVectorSums <= 32 ? 2 : 1;  // what a lane sums stays in registers
+  static constexpr int kSums = kRows * kVectorSums;
+  static constexpr int kWarps = kSums <= 48 ? 16 : 8;
+  static constexpr int kThreads = kWarps * kLanes, kHalf = kThreads / 2;
   static constexpr int kHeld = (kSums + kLanes - 1) / kLanes;  // of the sums, by each lane at the end
 };
 
@@ -32,23 +32,29 @@ using K = Kind<VPTQ_KERNEL>;
 
 // Shared memory, in this order; ops/cuda_plan.py adds up the same.
 struct Shared {
-  K::Main::Piece* book;            // K::Main::kSharedBytes
-  K::Residual::Piece* residual;    // K::Residual::kSharedBytes
-  unsigned short* x;               // [tokens, slice], in quantized order
-  unsigned short* scale;           // [slice]
-  unsigned* ring;                  // [warps, stages, rows, words of a step], and a word to spare
-  float* parts;                    // [2, warps, sums]
-  float* shifted;                  // [warps, tokens]; the first line becomes the sum
+  K::Main::Piece* book;          // K::Main::kSharedBytes
+  K::Residual::Piece* residual;  // K::Residual::kSharedBytes
+  float* x;                      // [tokens, slice], scaled, each column in its `place`
+  float* parts;                  // [2, warps, sums]
+  float* shifted;                // [half of the warps, tokens]; the first line becomes the sum
 
   VPTQ_DEVICE Shared(char* at, int slice) {
     book = reinterpret_cast<K::Main::Piece*>(at);
     residual = reinterpret_cast<K::Residual::Piece*>(at += K::Main::kSharedBytes);
-    x = reinterpret_cast<unsigned short*>(at += K::Residual::kSharedBytes);
-    scale = x + K::kTokens * slice;
-    ring = reinterpret_cast<unsigned*>(scale + slice);
-    parts = reinterpret_cast<float*>(ring + K::kWarps * K::kRingWords + 4);
+    x = reinterpret_cast<float*>(at += K::Residual::kSharedBytes);
+    parts = x + K::kTokens * slice;
     shifted = parts + 2 * K::kWarps * K::kSums;
   }
+};
+
+// Where the input of a column lies: a lane loads its eight by fours, and lanes side by side load fours side by side.
+VPTQ_DEVICE int place(int column) {
+  const int lane = column % kStepColumns / kLaneColumns, four = column % kLaneColumns / 4;
+  return column - column % kStepColumns + (four * kLanes + lane) * 4 + column % 4;
+}
+
+struct alignas(16) Four {
+  float value[4];
 };
 
 // A warp's steps, in the order in which it takes them: the columns that are its own, row block by row block.
@@ -63,40 +69,40 @@ struct Walk {
   }
 };
 
-// Starts copying the index rows of a step into a slot of the ring.
-VPTQ_DEVICE void fetch(const unsigned* indices, const Walk& at, int num_rows, int line_length, bool wide,
-                       unsigned* slot, int lane) {
-  const int words = min(K::kRowWords, line_length - at.step * K::kRowWords);
-#pragma unroll
-  for (int r = 0; r < K::kRows; ++r) {
-    const int row = min(at.block * K::kRows + r, num_rows - 1);
-    const unsigned* from = indices + static_cast<long long>(row) * line_length + at.step * K::kRowWords;
-    unsigned* to = slot + r * K::kRowWords;
-    if (wide) {
-#pragma unroll 1
-      for (int i = 4 * lane; i < words; i += 4 * kLanes) copy_async<16>(to + i, from + i);
-    } else {
-#pragma unroll 1
-      for (int i = lane; i < words; i += kLanes) copy_async<4>(to + i, from + i);
-    }
-  }
-}
-
-// The slice's inputs and scales in quantized order, and the sums of inputs times column biases, one a token.
+// The slice's inputs times scales in quantized order, and the sums of inputs times column biases, one a token.
+//
+// The latter need no order, only that all slices together take every column once. By half of the block, of which this is
+// thread `thread`; the block then has to meet, and to call `add_shifted`.
 VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, const Layer& layer, int tokens,
                              int in_features, int before, int count, int slice, int thread) {
   const unsigned short *const perm = layer.perm, *const scale = layer.scale, *const shift = layer.shift;
   float shifted[K::kTokens] = {};
+  constexpr int kTogether = K::kTokens <= 2 ? 8 : 4;  // columns of a thread whose loads are on the way together
 #pragma unroll 1
-  for (int column = thread; column < count; column += K::kThreads) {
-    const int original = perm ? min(static_cast<int>(perm[before + column]), in_features - 1) : before + column;
-    shared.scale[column] = scale ? scale[original] : K::F::narrow(1.0f);
-    const float weight = shift ? K::F::widen(shift[original]) : 0.0f;
+  for (int base = thread; base < count; base += kTogether * K::kHalf) {
+    int column[kTogether], original[kTogether];
+    float factor[kTogether], weight[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int next = base + i * K::kHalf;
+      column[i] = next < count ? next : base;  // once more, since loads behind a branch would wait for each other
+      original[i] = before + column[i];
+      if (perm) original[i] = min(static_cast<int>(perm[original[i]]), in_features - 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      factor[i] = scale ? K::F::widen(scale[original[i]]) : 1.0f;
+      weight[i] = shift ? K::F::widen(shift[before + column[i]]) : 0.0f;
+    }
 #pragma unroll
     for (int t = 0; t < K::kTokens; ++t) {
-      const unsigned short value = t < tokens ? x[static_cast<long long>(t) * in_features + original] : 0;
-      shared.x[t * slice + column] = value;
-      if (shift) shifted[t] += weight * K::F::widen(value);
+      const unsigned short* const token = x + static_cast<long long>(min(t, tokens - 1)) * in_features;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const float moved = K::F::widen(token[original[i]]), unmoved = K::F::widen(token[before + column[i]]);
+        shared.x[t * slice + place(column[i])] = factor[i] * moved;
+        if (shift && (i == 0 || column[i] != base)) shifted[t] += weight[i] * unmoved;
+      }
     }
   }
 #pragma unroll
@@ -105,44 +111,60 @@ VPTQ_DEVICE void stage_input(const Shared& shared, const unsigned short* x, cons
     for (int distance = 1; distance < kLanes; distance *= 2) shifted[t] += swap_lanes(shifted[t], distance);
     if (thread % kLanes == 0) shared.shifted[thread / kLanes * K::kTokens + t] = shifted[t];
   }
-  __syncthreads();
-  if (thread < K::kTokens) {
-#pragma unroll 1
-    for (int warp = 1; warp < K::kWarps; ++warp) shared.shifted[thread] += shared.shifted[warp * K::kTokens + thread];
-  }
 }
 
+VPTQ_DEVICE void add_shifted(const Shared& shared, int thread) {
+  if (thread >= K::kTokens) return;
+#pragma unroll 1
+  for (int warp = 1; warp < K::kWarps / 2; ++warp) shared.shifted[thread] += shared.shifted[warp * K::kTokens + thread];
+}
+
+// The indices of the rows of a step.
+struct StepIndices {
+  K::Indices row[K::kRows];
+
+  VPTQ_DEVICE void load(const unsigned* indices, const Walk& at, int num_rows, int line_length, bool wide, int lane) {
+#pragma unroll
+    for (int r = 0; r < K::kRows; ++r) {
+      const long long number = min(at.block * K::kRows + r, num_rows - 1);
+      row[r].load(indices + number * line_length, at.step, line_length, wide, lane);
+    }
+  }
+};
+
 // Adds what a lane's columns of a step give. All eight exist if WHOLE, so that their lookups are on the way together;
-// else `valid` of them do.
+// else `valid` of them do. `x` is the first token's first input of the lane.
 template <bool WHOLE>
-VPTQ_DEVICE void multiply(const K::Main& main, const K::Residual& residual, const Shared& shared, const unsigned* slot,
-                          int column, int valid, int slice, int lane, float (&sums)[K::kSums]) {
-  K::Indices indices[K::kRows];
+VPTQ_DEVICE void multiply(const K::Main& main, const K::Residual& residual, const float* x, StepIndices indices,
+                          int valid, int slice, int lane, float (&sums)[K::kSums]) {
 #pragma unroll
-  for (int r = 0; r < K::kRows; ++r) indices[r].load(slot + r * K::kRowWords, lane);
-  Words<4> x[K::kTokens];
-#pragma unroll
-  for (int t = 0; t < K::kTokens; ++t) x[t] = *reinterpret_cast<const Words<4>*>(shared.x + t * slice + column);
-  const Words<4> scale = *reinterpret_cast<const Words<4>*>(shared.scale + column);
+  for (int r = 0; r < K::kRows; ++r) indices.row[r].align(lane);
+  Four factors[K::kTokens];
 #pragma unroll
   for (int c = 0; c < kLaneColumns; ++c) {
     if (!WHOLE && c >= valid) break;  // a vector times 0 is not 0 if it is infinite
-    const int word = c / 2, shift = c % 2 * 16;
-    float factor[K::kTokens];
+    if (c % 4 == 0) {
 #pragma unroll
-    for (int t = 0; t < K::kTokens; ++t) {
-      factor[t] = K::F::widen(x[t].word[word] >> shift & 0xFFFF) * K::F::widen(scale.word[word] >> shift & 0xFFFF);
+      for (int t = 0; t < K::kTokens; ++t) factors[t] = *reinterpret_cast<const Four*>(x + t * slice + c * kLanes);
     }
 #pragma unroll
     for (int r = 0; r < K::kRows; ++r) {
-      const unsigned index = indices[r][c];
-      float values[K::kLength];
-      main.template look_up<false>(index & ((1u << K::kBits) - 1), values);
-      if constexpr (K::kResidualBits > 0) residual.template look_up<true>(index >> K::kBits, values);
+      const unsigned index = indices.row[r][c];
+      unsigned pairs[K::kLength / 2];
+      main.look_up(index & ((1u << K::kBits) - 1), pairs);
+      if constexpr (K::kResidualBits > 0) {
+        unsigned more[K::kLength / 2];
+        residual.look_up(index >> K::kBits, more);
 #pragma unroll
-      for (int t = 0; t < K::kTokens; ++t) {
+        for (int i = 0; i < K::kLength / 2; ++i) pairs[i] = K::F::add(pairs[i], more[i]);
+      }
 #pragma unroll
-        for (int e = 0; e < K::kLength; ++e) sums[(r * K::kTokens + t) * K::kLength + e] += factor[t] * values[e];
+      for (int e = 0; e < K::kLength; ++e) {
+        const float value = K::F::widen(pairs[e / 2] >> e % 2 * 16 & 0xFFFF);
+#pragma unroll
+        for (int t = 0; t < K::kTokens; ++t) {
+          sums[(r * K::kTokens + t) * K::kLength + e] += factors[t].value[c % 4] * value;
+        }
       }
     }
   }
@@ -196,38 +218,36 @@ decode(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, f
   walk.across = across;
   walk.block = own_block * at_once + warp / across;
   walk.stride = layer.blocks * at_once;
-  Walk ahead = walk;
-  unsigned* const ring = shared.ring + warp * K::kRingWords;
-#pragma unroll 1
-  for (int stage = 0; stage < K::kStages - 1; ++stage, ahead.next()) {
-    fetch(indices, ahead, num_rows, line_length, wide, ring + stage * K::kStageWords, lane);
-    end_copies();
+  StepIndices ahead;
+  ahead.load(indices, walk, num_rows, line_length, wide, lane);
+  const K::Main main(codebook, shared.book, lane);
+  const K::Residual residual(residual_codebook, shared.residual, lane);
+  // Both wait for memory again and again, so side by side.
+  if (thread < K::kHalf) {
+    K::Main::fill<K::kHalf>(codebook, shared.book, thread);
+    K::Residual::fill<K::kHalf>(residual_codebook, shared.residual, thread);
+  } else {
+    stage_input(shared, x, layer, tokens, in_features, group * group_size + first, count, slice, thread - K::kHalf);
   }
-  K::Main main;
-  K::Residual residual;
-  main.place(codebook, shared.book, thread, K::kThreads);
-  residual.place(residual_codebook, shared.residual, thread, K::kThreads);
-  stage_input(shared, x, layer, tokens, in_features, group * group_size + first, count, slice, thread);
+  __syncthreads();
+  add_shifted(shared, thread);
   __syncthreads();
 
-  int stage = 0, side = 0;
+  int side = 0;
   for (int base = own_block * at_once; base < row_blocks; base += walk.stride, side ^= 1) {
     float sums[K::kSums] = {};
-    for (const int block = walk.block; walk.block == block; walk.next(), ahead.next()) {
-      const int free = (stage + K::kStages - 1) % K::kStages;
-      fetch(indices, ahead, num_rows, line_length, wide, ring + free * K::kStageWords, lane);
-      end_copies();
-      wait_copies<K::kStages - 1>();
-      __syncwarp();
-      const int column = walk.step * kStepColumns - first + lane * kLaneColumns;
-      const unsigned* const slot = ring + stage * K::kStageWords;
-      if (count - column >= kLaneColumns) {
-        multiply<true>(main, residual, shared, slot, column, kLaneColumns, slice, lane, sums);
+    for (const int block = walk.block; walk.block == block;) {
+      const StepIndices now = ahead;
+      const int before_lane = walk.step * kStepColumns - first;
+      const int valid = count - before_lane - lane * kLaneColumns;
+      const float* const inputs = shared.x + before_lane + lane * 4;
+      walk.next();
+      ahead.load(indices, walk, num_rows, line_length, wide, lane);
+      if (valid >= kLaneColumns) {
+        multiply<true>(main, residual, inputs, now, kLaneColumns, slice, lane, sums);
       } else {
-        multiply<false>(main, residual, shared, slot, column, count - column, slice, lane, sums);
+        multiply<false>(main, residual, inputs, now, valid, slice, lane, sums);
       }
-      __syncwarp();
-      stage = (stage + 1) % K::kStages;
     }
     int from = 0, held = K::kSums;
     sum_lanes<K::kSums, 1>(sums, lane, from, held);
@@ -264,7 +284,7 @@ extern "C" __global__ void add_parts(const float* __restrict__ parts, unsigned s
   const int place = blockIdx.x * blockDim.x + threadIdx.x;
   if (place >= outputs) return;
   float total = 0.0f;
-#pragma unroll 1
+#pragma unroll 16  // loads that are on the way together
   for (int slice = 0; slice < slices; ++slice) total += parts[static_cast<long long>(slice) * outputs + place];
   out[place] = K::F::narrow(total);
 }

@@ -1,11 +1,11 @@
-// What the kernels ask of the machine: 16-bit floats, shifts over two words, copies that run beside the arithmetic.
+// What the kernels ask of the machine: 16-bit floats, alone and in pairs, and shifts over two words.
 //
 // No header of the CUDA toolkit, so that NVRTC's own library is all that an installation needs. The tests compile
 // the other files as plain C++ behind a header of the same contents (tests/cuda/shim.h).
 
 #define VPTQ_DEVICE __device__ __forceinline__
 
-// A float16, and a bfloat16, as the bits that tensors hold.
+// A float16, and a bfloat16, as the bits that tensors hold. `add` adds two pairs of them, each sum rounded to 16 bits.
 struct Half {
   static VPTQ_DEVICE float widen(unsigned bits) {
     float value;
@@ -17,6 +17,11 @@ struct Half {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
   }
+  static VPTQ_DEVICE unsigned add(unsigned a, unsigned b) {
+    unsigned sums;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+    return sums;
+  }
 };
 
 struct BFloat16 {
@@ -26,6 +31,16 @@ struct BFloat16 {
     const unsigned bits = __float_as_uint(value);
     if (value != value) return static_cast<unsigned short>(bits >> 16 | 0x40);
     return static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+  static VPTQ_DEVICE unsigned add(unsigned a, unsigned b) {
+#if __CUDA_ARCH__ >= 800
+    unsigned sums;  // a * 1 + b, since 8.0 multiplies and adds bfloat16, but does not add
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(a), "r"(0x3F803F80), "r"(b));
+    return sums;
+#else
+    const unsigned low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));
+    return low | static_cast<unsigned>(narrow(widen(a >> 16) + widen(b >> 16))) << 16;
+#endif
   }
 };
 
@@ -41,33 +56,3 @@ VPTQ_DEVICE char* shared_memory() {
 }
 
 VPTQ_DEVICE float swap_lanes(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFF, value, distance); }
-
-// Copies BYTES (4 or 16) from global to shared memory; done once `wait_copies` says so, and at once before 8.0.
-template <int BYTES>
-VPTQ_DEVICE void copy_async(unsigned* to, const unsigned* from) {
-#if __CUDA_ARCH__ >= 800
-  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(place), "l"(from) : "memory");
-  }
-#else
-  for (int word = 0; word < BYTES / 4; ++word) to[word] = from[word];
-#endif
-}
-
-// Ends a batch of copies, empty or not.
-VPTQ_DEVICE void end_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all of this thread's batches but the newest PENDING.
-template <int PENDING>
-VPTQ_DEVICE void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}

@@ -15,22 +15,30 @@ template <int BITS>
 struct LaneIndices {
   static constexpr int kWords = (BITS + 3) / 4;
   static constexpr int kVector = BITS % 16 == 0 ? 4 : BITS % 8 == 0 ? 2 : 1;  // words that a lane's share aligns
-  unsigned word[kWords];
+  static constexpr bool kWhole = BITS % 4 == 0;  // every lane's share begins with a word
+  unsigned word[kWords + !kWhole];
 
-  // `step` holds kStepColumns indices; one word more is read where a lane's share does not begin with a word.
-  VPTQ_DEVICE void load(const unsigned* step, int lane) {
-    const unsigned* from = step + lane * BITS / 4;
-    if constexpr (BITS % 4 == 0) {
+  // From step `step` of a row of `length` words; what lies beyond its end is not read. 16 bytes align `wide` rows.
+  VPTQ_DEVICE void load(const unsigned* row, int step, int length, bool wide, int lane) {
+    const int first = (step * kLanes + lane) * BITS / 4;
+    if (kVector > 1 && wide) {
 #pragma unroll
-      for (int i = 0; i < kWords / kVector; ++i) {
-        const Words<kVector> some = reinterpret_cast<const Words<kVector>*>(from)[i];
+      for (int i = 0; i < kWords; i += kVector) {
+        const auto some = *reinterpret_cast<const Words<kVector>*>(row + min(first + i, length - kVector));
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) word[i * kVector + j] = some.word[j];
+        for (int j = 0; j < kVector; ++j) word[i + j] = some.word[j];
       }
     } else {
-      const unsigned shift = lane * BITS % 4 * 8;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) word[i] = straddling(from[i], from[i + 1], shift);
+      for (int i = 0; i < kWords + !kWhole; ++i) word[i] = row[min(first + i, length - 1)];
+    }
+  }
+
+  // To be called once before indices are taken; apart from `load`, so that nothing waits for what is loaded ahead.
+  VPTQ_DEVICE void align(int lane) {
+    if constexpr (!kWhole) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) word[i] = straddling(word[i], word[i + 1], lane * BITS % 4 * 8);
     }
   }
 
@@ -82,22 +90,33 @@ struct Book {
   const unsigned short* stored;
   const Piece* shared;  // this lane's copy
 
-  // Fills `at` by all threads of the block, which then have to meet.
-  VPTQ_DEVICE void place(const unsigned short* codebook, Piece* at, int thread, int threads) {
-    stored = codebook;
+  VPTQ_DEVICE Book(const unsigned short* codebook, const Piece* at, int lane)
+      : stored(codebook), shared(at + lane % max(COPIES, 1)) {}
+
+  // Fills `at` by THREADS of the block, of which this is number `thread`.
+  template <int THREADS>
+  static VPTQ_DEVICE void fill(const unsigned short* codebook, Piece* at, int thread) {
     if constexpr (COPIES > 0) {
-#pragma unroll 4
-      for (int i = thread; i < kSharedPieces; i += threads) {
-        const int piece = i / COPIES;
-        at[i] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+      constexpr int kTogether = 8;  // loads of a thread that are on the way together
+#pragma unroll 1
+      for (int base = thread; base < kSharedPieces; base += kTogether * THREADS) {
+        Piece pieces[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int piece = min(base + j * THREADS, kSharedPieces - 1) / COPIES;
+          pieces[j] = Cut<V>::read(codebook + piece % kEntries * V, piece / kEntries);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (base + j * THREADS < kSharedPieces) at[base + j * THREADS] = pieces[j];
+        }
       }
-      shared = at + thread % COPIES;
     }
   }
 
-  // values [V] = or += the vector of `entry`.
-  template <bool ADD>
-  VPTQ_DEVICE void look_up(unsigned entry, float (&values)[V]) const {
+  // pairs [V / 2] = the vector of `entry`, two floats in each.
+  VPTQ_DEVICE void look_up(unsigned entry, unsigned (&pairs)[V / 2]) const {
+    constexpr int kWords = sizeof(Piece) / 4;
 #pragma unroll
     for (int p = 0; p < Cut<V>::kPieces; ++p) {
       Piece piece;
@@ -107,12 +126,8 @@ struct Book {
         piece = Cut<V>::read(stored + entry * V, p);
       }
 #pragma unroll
-      for (int e = 0; e < Cut<V>::kFloats; ++e) {
-        const int element = p * Cut<V>::kFloats + e;
-        if (element < V) {
-          const float value = F::widen(piece.word[e / 2] >> e % 2 * 16 & 0xFFFF);
-          values[element] = ADD ? values[element] + value : value;
-        }
+      for (int i = 0; i < kWords; ++i) {
+        if (p * kWords + i < V / 2) pairs[p * kWords + i] = piece.word[i];
       }
     }
   }
