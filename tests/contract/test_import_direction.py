@@ -28,8 +28,8 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # What a running model needs. It must work where the quantizer's dependencies and its time to import are not wanted.
 INFERENCE = ("errors", "extras", "config", "entry", "packing", "weight", "ops", "linear", "shared_input", "shards",
-             "checkpoint", "transformers_versions", "kv_cache", "source", "model", "integrations", "sampling", "streaming",
-             "progress", "download",
+             "checkpoint", "transformers_versions", "source", "model", "integrations", "sampling", "streaming",
+             "progress", "download", "kv_cache",
              "conversation", "generation", "engine", "serve")  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
