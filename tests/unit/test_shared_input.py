@@ -71,6 +71,15 @@ def test_one_call_serves_all_and_each_gets_its_own(launches: list[int]) -> None:
         assert together.q_proj.shared_input._ahead is None, "nothing is kept once all have taken theirs"
 
 
+def test_layers_of_another_dtype_stay_by_themselves() -> None:
+    attention = Attention()
+    own = dataclasses.replace(CONFIG, out_features=ROWS["k_proj"], bias=True)
+    attention.k_proj = VQuantLinear.from_weight(random_weight(own, torch.float16, 1), torch.float16)
+    fuse_shared_inputs(attention)
+    assert attention.q_proj.shared_input is attention.v_proj.shared_input is not None
+    assert attention.k_proj.shared_input is None
+
+
 @torch.no_grad()
 def test_many_tokens_and_gradients_go_the_usual_way(launches: list[int]) -> None:
     alone = Attention()
