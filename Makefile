@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 
 # A worker a core, each with one thread: two with two threads each would wait for one another.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # With the Python that has a torch for this machine's GPU, and no network: what it needs is torch, triton, pytest and
 # hypothesis; with cuda-core the CUDA kernels are run too, and watched where compute-sanitizer is; with transformers its

@@ -26,6 +26,11 @@ settings.register_profile("vptq", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("vptq")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: begun last, it would keep one worker while the others are idle."""
+    items.sort(key=lambda item: item.path.name != "test_real_model.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests measure is neither taken from the user's cache nor left there."""
