@@ -167,7 +167,8 @@ def generate_text(
         )
     stream = TextStream(tokenizer, StopStrings(stops), on_text, prompt[0].tolist() if goes_on else ())
     kept, reused = (None, 0) if cache is None else cache.take(prompt[0].cpu())
-    kept = kept or make_cache(model)
+    if kept is None:
+        kept = make_cache(model)
     prompt = prompt.to(model.device)
     # Models without a padding token make generate() warn; with one sequence at a time the choice has no effect.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

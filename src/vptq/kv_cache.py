@@ -22,33 +22,26 @@ if TYPE_CHECKING:
 LEAST_ROOM = 256
 
 
-def make_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty cache with room for a model's `generate`; None where the model keeps something else than all tokens."""
+def make_cache(model: PreTrainedModel, capacity: int = 0) -> DynamicCache | None:
+    """An empty cache with room for a model; None where the model keeps something else than all tokens.
+
+    Args:
+        model: A causal language model.
+        capacity: Tokens to have room for at once, where that is known.
+    """
     takes_dynamic: Any = getattr(model, "_supports_default_dynamic_cache", lambda: False)
     if not takes_dynamic() or getattr(model.generation_config, "cache_implementation", None):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return give_room(cache) if cache.layers and is_plain(cache) else None
+    if not cache.layers or not is_plain(cache):
+        return None
+    cache.layers = [RoomyLayer(capacity) for _ in cache.layers]
+    return cache
 
 
 def is_plain(cache: Any) -> bool:
     """Whether a cache keeps all keys and values, and nothing else: no sliding window, no running state."""
     return type(cache) is DynamicCache and all(type(layer) in (DynamicLayer, RoomyLayer) for layer in cache.layers)
-
-
-def give_room(cache: Any, capacity: int = 0) -> Any:
-    """The cache, with layers that have room where it is plain; what it holds stays.
-
-    Args:
-        cache: Any cache; changed in place.
-        capacity: Tokens to have room for at once, where that is known.
-    """
-    if is_plain(cache):
-        for index, layer in enumerate(cache.layers):
-            cache.layers[index] = RoomyLayer(capacity)
-            if layer.is_initialized:
-                cache.layers[index].update(layer.keys, layer.values)
-    return cache
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -93,6 +93,11 @@ def split_sources(source: str) -> list[str]:
     return [source] if Path(source).is_file() else [part.strip() for part in source.split(",")]
 
 
+def source_name(source: str) -> str:
+    """What a text is called to others: a file without the folder it is in."""
+    return Path(source).name if Path(source).is_file() else source
+
+
 def _sample(
     tokenizer: PreTrainedTokenizerBase | None,
     sequences: int,
@@ -120,8 +125,8 @@ def _read(
     if tokens.shape[0] == 0:
         raise CalibrationError(f"calibration text {source} is empty; give a longer text, or use calibration=self")
     found, length = tokens.shape
-    name = Path(source).name if Path(source).is_file() else source
-    return Calibration(tokens, f"{found} x {length} tokens of {name}", _shortage(source, tokens, sequences, seqlen))
+    description = f"{found} x {length} tokens of {source_name(source)}"
+    return Calibration(tokens, description, _shortage(source, tokens, sequences, seqlen))
 
 
 def _in_turn(sources: list[str], made: list[Calibration], seqlen: int) -> Calibration:

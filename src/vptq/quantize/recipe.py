@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 
-from vptq.quantize.calibration import split_sources
+from vptq.quantize.calibration import source_name, split_sources
 from vptq.quantize.job import Job
 from vptq.source import ModelSource
 
@@ -59,7 +58,7 @@ def finetune_command(source: ModelSource, text: Mapping[str, str], move_indices:
 def text_options(calibration: str, sequences: int, seqlen: int, seed: int) -> dict[str, str]:
     """Options that say which calibration text it was."""
     return {
-        "--calibration": ",".join(Path(s).name if Path(s).is_file() else s for s in split_sources(calibration)),
+        "--calibration": ",".join(source_name(source) for source in split_sources(calibration)),
         "--sequences": str(sequences),
         "--seqlen": str(seqlen),
         "--seed": str(seed),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vptq.errors import CalibrationError
-from vptq.kv_cache import give_room
+from vptq.kv_cache import make_cache
 from vptq.progress import ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def _continue(model: PreTrainedModel, rows: torch.Tensor, generator: torch.Gener
     """Fill `rows` [batch, seqlen] from their first column on, yielding each position when it is filled."""
     seqlen = rows.shape[1]
     step = rows[:, :1].to(model.device)
-    cache = None
+    cache = make_cache(model, seqlen)
     for position in range(1, seqlen):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values if cache is not None else give_room(output.past_key_values, seqlen)
+        cache = output.past_key_values
         step = _draw(output.logits[:, -1], generator)
         rows[:, position] = step[:, 0]
         yield position
