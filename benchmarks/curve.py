@@ -4,7 +4,9 @@
 
 Every step is a command a reader could type, and leaves a file or a folder in DIR: what is there is not done again, so
 that hours of work may be interrupted (`--resume` is passed on). All budgets go through a stage before the next begins.
-Minutes and memory are those of the command's process; a resumed command has no honest minutes, and shows none.
+Minutes and memory are those of the command's process; a resumed command has no honest minutes, and shows none. Beside
+other work minutes say little, so the processor's are noted too. Rows that DIR knows nothing of stay as they were: a
+curve may be made in several sittings, and on several machines.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class Bench:
         print(shlex.join(["vptq", *words]), flush=True)
         cost = run_vptq([*words, "--resume"] if resumed else words, self.work / f"{makes.name}.log")
         if stage in ("quantize", "finetune"):
-            write_json(row.file("cost"), cost if not resumed else {**cost, "minutes": None})
+            write_json(row.file("cost"), cost if not resumed else {**cost, "minutes": None, "processor_minutes": None})
 
 
 def run_vptq(words: list[str], log: Path) -> dict[str, Any]:
@@ -107,16 +109,25 @@ def run_vptq(words: list[str], log: Path) -> dict[str, Any]:
         _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"that failed; {log} says why")
-    return {"minutes": (time.monotonic() - began) / 60, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+    minutes, worked = (time.monotonic() - began) / 60, (usage.ru_utime + usage.ru_stime) / 60
+    return {"minutes": minutes, "processor_minutes": worked, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
 
 
-def collect(work: Path) -> list[dict[str, Any]]:
-    """The rows that have been measured, by bits; the original first."""
-    rows: list[dict[str, Any]] = [{"finetune": None, **measured(None, work / "original.tasks.json")}]
+def collect(work: Path, known: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """The rows that have been measured, by bits; the original first.
+
+    Args:
+        work: folders and figures.
+        known: rows of an earlier sitting; those that `work` has figures of are made anew.
+    """
+    before = {(row.get("wanted"), row["finetune"]): row for row in known or []}
+    original = {**before.get((None, None), {}), "finetune": None, **measured(None, work / "original.tasks.json")}
+    rows: list[dict[str, Any]] = [original]
     for bits in sorted(BUDGETS):
         for finetuned in (False, True):
             row = Row(work, bits, finetuned)
             if not row.file("eval").exists():
+                rows += filter(None, [before.get((bits, "e2e" if finetuned else "none"))])
                 continue
             stored = json.loads((row.folder / "report.json").read_text())
             facts = {"wanted": bits, "bits_per_weight": stored["bits_per_weight"], "specs": stored["spec"]}
@@ -189,7 +200,8 @@ def main() -> None:
             run_vptq(bench.measurement(stage, args.model, original), args.work / "original.log")
         for bits in args.bits:
             bench.run(stage, Row(args.work, bits, finetuned=stage == "finetune" or stage != kind))
-    rows = collect(args.work)
+    known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    rows = collect(args.work, known)
     write_json(args.json, {"benchmark": "curve", "rows": rows})
     draw(rows, args.picture)
     print(json.dumps({"benchmark": "curve", "rows": len(rows)}))

@@ -83,6 +83,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("ARC-Easy", "arc_easy", "{:.3f}"),
         Column("WinoGrande", "winogrande", "{:.3f}"),
         Column("minutes", "minutes", "{:.0f}"),
+        Column("processor minutes", "processor_minutes", "{:.0f}"),
         Column("peak GB", "peak_gb", "{:.2f}"),
     ),
     "nearest": (

@@ -72,3 +72,17 @@ def test_rows_hold_what_was_measured_and_are_drawn(curve: dict[str, Any], tmp_pa
     assert (row["bits_per_weight"], row["minutes"], row["piqa"]) == (1.99, 12.5, 0.6)
     curve["draw"](rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_rows_of_an_earlier_sitting_stay_unless_they_are_measured_again(curve: dict[str, Any], tmp_path: Path) -> None:
+    known = [
+        {"finetune": None, "test_perplexity": 18.5, "piqa": 0.68},
+        {"wanted": 2.0, "finetune": "none", "test_perplexity": 33.0},
+        {"wanted": 2.0, "finetune": "e2e", "test_perplexity": 28.0},
+        {"wanted": 3.5, "finetune": "none", "test_perplexity": 20.0},
+    ]
+    pretend(curve, tmp_path, 2.0, False, 30.0)
+    rows = curve["collect"](tmp_path, known)
+    found = [(row.get("wanted"), row["finetune"], row["test_perplexity"]) for row in rows]
+    assert found == [(None, None, 18.0), (2.0, "none", 30.0), (2.0, "e2e", 28.0), (3.5, "none", 20.0)]
+    assert rows[0]["piqa"] == 0.68

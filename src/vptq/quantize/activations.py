@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.hessian import HessianAccumulator
+from vptq.quantize.precision import quick_products
 from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
 
 TOKENS_PER_BATCH = 4096
@@ -45,8 +46,16 @@ class Activations:
         batches: [batch, seqlen, hidden] each, in the dtype of the computation; views of one tensor.
     """
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> None:
-        self._skeleton, self._dtype = skeleton, dtype
+    def __init__(self, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype, *, quick: bool = False) -> None:
+        """At the input of the first block.
+
+        Args:
+            skeleton: the model.
+            tokens: [sequences, seqlen].
+            dtype: what blocks run in.
+            quick: products of float32 blocks may be rounded (`precision.py`).
+        """
+        self._skeleton, self._dtype, self._quick = skeleton, dtype, quick and dtype == torch.float32
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._calls: dict[int, list[BlockCall]] = {}
@@ -191,8 +200,9 @@ class Activations:
 
     def call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The hidden states that `block` makes of `hidden` when it is called as block `index` is."""
-        call = self._calls[len(hidden)][index]
-        return first_tensor(block(hidden.to(self._skeleton.device), *call.args, **call.kwargs))
+        call, device = self._calls[len(hidden)][index], self._skeleton.device
+        with quick_products(device) if self._quick else nullcontext():
+            return first_tensor(block(hidden.to(device), *call.args, **call.kwargs))
 
     def _run(self, block: nn.Module, index: int, batch: Tensor) -> Tensor | None:
         """The same without gradients; None where a hook has stopped it."""

@@ -69,7 +69,7 @@ class BlockSolver:
             pairs = PairedActivations.start(skeleton, tokens, job.compute_dtype)
             activations = pairs.original.fork() if job.trains_blocks else None
         elif tokens is not None:
-            activations = Activations(skeleton, tokens, job.compute_dtype)
+            activations = Activations(skeleton, tokens, job.compute_dtype, quick=True)
         return cls(job, skeleton, activations, pairs, weights, progress, warnings)
 
     def finish_block(self, index: int) -> None:

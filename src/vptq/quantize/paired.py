@@ -38,7 +38,10 @@ class PairedActivations:
     @classmethod
     def start(cls, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> PairedActivations:
         """Both at the input of the first block, where they agree."""
-        return cls(Activations(skeleton, tokens, dtype), Activations(skeleton, tokens[:, :PAIRED_TOKENS], dtype))
+        beginnings = tokens[:, :PAIRED_TOKENS]
+        return cls(
+            Activations(skeleton, tokens, dtype, quick=True), Activations(skeleton, beginnings, dtype, quick=True)
+        )
 
     def run_original(self, index: int, groups: Sequence[InputGroup], weights: Sequence[Tensor | None]) -> None:
         """The original runs through block `index`, which is still its own, and its inputs to `groups` are noted.

@@ -20,6 +20,7 @@ from vptq.checkpoint import Checkpoint
 from vptq.linear import VQuantLinear
 from vptq.quantize.head import divergence_of, logits_of, loss_in_slices
 from vptq.quantize.original import empty_model
+from vptq.quantize.precision import quick_products
 from vptq.quantize.skeleton import Skeleton, recompute
 from vptq.quantize.training import trained_parameters
 from vptq.quantize.weights import WeightFiles
@@ -84,7 +85,7 @@ class Student:
             targets: [batch, seqlen, width], the original's last hidden states.
             gradients: add those of the result to the trained parameters.
         """
-        with torch.set_grad_enabled(gradients), self._precision():
+        with torch.set_grad_enabled(gradients), quick_products(self.device):
             hidden = self.hidden(tokens)
         count = tokens.numel()
         return loss_in_slices(
@@ -92,11 +93,6 @@ class Student:
             lambda piece, part: self._divergence_at(piece, targets[:, part]) / count,
             gradients=gradients,
         )
-
-    def _precision(self) -> Any:
-        """Matrix products in bfloat16 on GPUs that have it; trained numbers and their sums stay float32."""
-        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
     def _divergence_at(self, hidden: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
