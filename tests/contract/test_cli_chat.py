@@ -175,7 +175,7 @@ class Terminal:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it, and so would their children
-            os.environ.update(TERM="xterm", COLUMNS="100")
+            os.environ.update(TERM="xterm", COLUMNS="89")  # words of two letters do not end there
             os.execvp(command[0], command)
         self.seen = ""
 
@@ -231,6 +231,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_arrows_bring_lines_back(termi
     terminal.wait_for("You: ")
     terminal.type("ba de fi\r")
     terminal.wait_for(r"ba de fi\r\n[^\r]* ")  # the answer has begun
+    terminal.wait_for(r"\x1b\[1D\x1b\[K\r\n\w\w")  # a word that does not fit its line is taken to the next
     terminal.type(ctrl_c)
     terminal.wait_for(r"stopped \| \d+ tokens")
     terminal.wait_for("You: ")

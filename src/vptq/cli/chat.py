@@ -20,6 +20,7 @@ from vptq.cli.chat_commands import is_command, run_command
 from vptq.cli.console import file_size, messages, output, print_error, print_warning
 from vptq.cli.loading import load
 from vptq.cli.options import CodebookFormOption, DeviceOption, DtypeOption, ModelArgument, TokenizerOption
+from vptq.cli.wrapping import WordWrap
 from vptq.errors import VPTQError
 
 if TYPE_CHECKING:
@@ -103,8 +104,12 @@ def _piped_lines() -> Iterator[str]:
 def _take_turn(conversation: Conversation, question: str, interactive: bool) -> None:
     from vptq.generation import WORDLESS
 
+    console = output()
+    wrap = WordWrap(console.width) if interactive and not console.is_dumb_terminal else None
+
     def show(text: str) -> None:
-        sys.stdout.write(text.translate(_CONTROL) if interactive else text)
+        text = text.translate(_CONTROL) if interactive else text
+        sys.stdout.write(wrap.feed(text) if wrap else text)
         sys.stdout.flush()
 
     if not interactive:
