@@ -39,6 +39,14 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
+    """Models compute the same in tests whatever instructions the processor has; `test_precision.py` is about those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vptq.quantize.precision.multiplies_bfloat16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """`tiny_llama.word_tokenizer`, made once."""

@@ -10,7 +10,7 @@ import torch
 from fake_gpu import GPU, FakeGpu
 
 import vptq
-from vptq.quantize import original, precision, slabs
+from vptq.quantize import original, slabs
 from vptq.quantize.weights import WeightFiles
 
 QUICK: dict[str, Any] = {"sequences": 3, "seqlen": 16}
@@ -23,7 +23,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(WeightFiles, "load", lambda files, name: fake.tag(load(files, name), torch.device("cpu")))
     for module in (original, slabs):
         monkeypatch.setattr(module, "device_memory_bytes", lambda device: 0 if device.type == "cpu" else 1 << 34)
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     return fake
 
 

@@ -200,7 +200,7 @@ class Finetuning:
 
     def _last_states(self) -> Iterator[tuple[str, Tensor]]:
         dtype = compute_dtype(self.device, self.dtype)
-        activations = Activations(self.skeleton, self.tokens, dtype)
+        activations = Activations(self.skeleton, self.tokens, dtype, quick=True)
         activations.run_model("running the original", self.progress)
         batches = self.skeleton.last_states(activations.batches, dtype)
         states = (sequence for batch in batches for sequence in batch.cpu())

@@ -117,7 +117,7 @@ Squares = Mapping[str, tuple[Tensor, Tensor]]
 
 def _backward(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Squares]]:
     """For each block, from the last to the first, the squared gradients of its layers."""
-    activations = Activations(skeleton, tokens, dtype)
+    activations = Activations(skeleton, tokens, dtype, quick=True)
     entering = []
     for index in range(len(skeleton.blocks)):
         entering.append([batch.clone() for batch in activations.batches])
