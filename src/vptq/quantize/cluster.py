@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -64,7 +65,7 @@ class Cluster(Workers):
         self._workers = workers
         self._task: Any = None
         self._share = Share("", 0, 1)
-        self._connected = False
+        self._leave = ExitStack()
 
     def __len__(self) -> int:
         return self._share.at_once
@@ -86,9 +87,7 @@ class Cluster(Workers):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._task = None
-        if self._connected:  # a cluster that was there goes on, and so does a caller's connection to it
-            self._ray.shutdown()
-            self._connected = False
+        self._leave.close()
 
     def solve(self, weight: Tensor, moments: Moments, config: LayerConfig, seed: int, **options: Any) -> StoredWeight:
         """As in `Workers`."""
@@ -111,16 +110,18 @@ class Cluster(Workers):
         return stored
 
     def _connect(self) -> None:
-        if self._ray.is_initialized():
+        ray = self._ray
+        if ray.is_initialized():  # the caller's connection, which stays
             return
-        options: dict[str, Any] = {"include_dashboard": False} if self.address == "local" else {}
-        if self.address != "local":
+        local: dict[str, Any] = {"include_dashboard": False} if self.address == "local" else {}
+        if not local:
             try_address(self.address)
+        self._leave.enter_context(_without_raylet_lines(ray))
         try:
-            self._ray.init(self.address, logging_level="ERROR", log_to_driver=False, **options)
-        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            ray.init(self.address, logging_level="ERROR", log_to_driver=False, **local)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"--ray {self.address}: Ray does not start here: {_first_line(error)}") from error
-        self._connected = True
+        self._leave.callback(ray.shutdown)  # ends what `local` has started; any other cluster goes on
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -228,6 +229,22 @@ class _Bytes:
         with warnings.catch_warnings():  # the array is read-only, and the solver does not write into what it is given
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(self.array).view(self.dtype)
+
+
+@contextmanager
+def _without_raylet_lines(ray: Any) -> Iterator[None]:
+    """A node that dies is dozens of lines on standard output, which is for results; no setting of Ray keeps them away,
+    and `ray status` tells the same."""
+    worker, name = ray._private.worker, "print_to_stdstream"
+    shown = getattr(worker, name, None)
+    if shown is None:
+        yield
+        return
+    setattr(worker, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(worker, name, shown)
 
 
 def _solve(device: str, amount: int, layer: dict[str, Any]) -> StoredWeight:
