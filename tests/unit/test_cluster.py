@@ -77,6 +77,9 @@ class StandIn(ModuleType):
 
         return of
 
+    def cancel(self, answer: Any, force: bool) -> None:
+        self.calls.append(("cancelled", force))
+
     def wait(self, answers: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
         return (answers, []) if self.ready else ([], answers)
 
@@ -253,3 +256,16 @@ def test_a_failed_read_of_a_layer_keeps_its_kind(ray: StandIn) -> None:
         ray.says = RayTaskError(CheckpointError("as it was"))
         with pytest.raises(CheckpointError, match=r"^as it was$"):
             solve(pool, *problem(8, 6))
+
+
+def test_a_layer_under_way_can_be_given_up(ray: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(answers: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        pool.give_up()
+        return answers, []
+
+    monkeypatch.setattr(ray, "wait", wait)
+    with Cluster("auto", CPU, 1) as pool:
+        solve(pool, *problem(8, 6))
+        assert ray.calls[-1] == ("cancelled", True)
+        pool.give_up()
+    assert ray.calls.count(("cancelled", True)) == 1, "a finished one is not"

@@ -66,6 +66,7 @@ class Cluster(Workers):
         self._task: Any = None
         self._share = Share("", 0, 1)
         self._leave = ExitStack()
+        self._asked: set[Any] = set()
 
     def __len__(self) -> int:
         return self._share.at_once
@@ -89,14 +90,20 @@ class Cluster(Workers):
         self._task = None
         self._leave.close()
 
+    def give_up(self) -> None:
+        """As in `Workers`: otherwise Ctrl-C would wait for layers that take minutes."""
+        for answer in tuple(self._asked):
+            self._ray.cancel(answer, force=True)
+
     def solve(self, weight: Tensor, moments: Moments, config: LayerConfig, seed: int, **options: Any) -> StoredWeight:
         """As in `Workers`."""
         if self._task is None:
             return super().solve(weight, moments, config, seed, **options)
         layer = layer_to_send(weight, moments, config, seed, options)
-        errors = self._ray.exceptions
+        errors, answer = self._ray.exceptions, None
         try:
             answer = self._task.remote(self.device.type, self._share.amount, to_arrays(layer))
+            self._asked.add(answer)
             while not self._ray.wait([answer], timeout=LOOK_SECONDS)[0]:
                 self._check_nodes()
             stored: StoredWeight = self._ray.get(answer)
@@ -107,6 +114,8 @@ class Cluster(Workers):
                 f"the Ray cluster lost a layer and could not solve it again ({_first_line(error)}); finished blocks "
                 "are kept: go on with --resume"
             ) from error
+        finally:
+            self._asked.discard(answer)
         return stored
 
     def _connect(self) -> None:

@@ -48,6 +48,9 @@ class Workers:
     ) -> None:
         """Whatever was begun for this run has ended."""
 
+    def give_up(self) -> None:
+        """Ends what is being solved where this process cannot end it: nobody reads the results any more."""
+
     def solve(self, weight: Tensor, moments: Moments, config: LayerConfig, seed: int, **options: Any) -> StoredWeight:
         """`quantize_stored` of one layer; may be called from as many threads at once as this is long.
 
