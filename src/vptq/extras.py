@@ -20,6 +20,7 @@ EXTRAS = {
     "gguf": "GGUF files as models",
     "peft": "adapters on quantized models",
     "plot": "pictures of reports and comparisons",
+    "ray": "quantizing on several machines",
     "serve": "server of OpenAI's protocol",
 }
 

@@ -35,6 +35,7 @@ Provide = Callable[[list[str]], None]
 # Values that are too much for a context of 256 tokens and a test of seconds.
 SMALL = {
     **{"--spec": "v4-k16-4", "--sequences": "2", "--seqlen": "32", "--windows": "2", "--limit": "2"},
+    **{"--ray": "local"},  # there is no cluster
     **{"--prompt-tokens": "8", "--tokens": "4", "--rounds": "1"},
 }
 # Where the defaults are too much as well.
@@ -141,6 +142,9 @@ def test_a_command_does_its_work(
     provide([word for word in (*arguments, files.get("<", "")) if word not in written])
     if "--tasks" in arguments:
         arguments = with_tasks(arguments, tiny_task_dir)
+    if "--ray" in arguments:
+        pytest.importorskip("ray")
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray writes a token into the home folder
     if arguments == ["--install-completion"]:
         monkeypatch.setenv("HOME", str(Path.cwd()))
         monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))

@@ -9,6 +9,7 @@ import torch
 from thread_counts import threads
 
 from vptq.quantize.parallel import SMALL_LAYER, map_layers
+from vptq.quantize.workers import Workers
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,24 @@ def test_an_error_is_raised_and_threads_are_given_back(two_threads):
     with pytest.raises(ValueError, match="7"):
         list(map_layers(solve, [7, 8], [1, 1], CPU))
     assert torch.get_num_threads() == 2
+
+
+def test_layers_that_nobody_waits_for_are_given_up():
+    """The first fails while the second is solved elsewhere, until it is told to end."""
+    told = threading.Event()
+
+    class Two(Workers):
+        def __len__(self) -> int:
+            return 2
+
+        def give_up(self) -> None:
+            told.set()
+
+    def solve(item: int) -> bool:
+        if item == 1:
+            raise ValueError(item)
+        return told.wait(timeout=20)
+
+    with pytest.raises(ValueError, match="1"):
+        list(map_layers(solve, [1, 2], [10, 10], CPU, Two()))
+    assert told.is_set()

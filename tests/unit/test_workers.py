@@ -17,8 +17,9 @@ from vptq.config import LayerConfig
 from vptq.errors import ConfigError, VPTQError
 from vptq.quantize import workers
 from vptq.quantize.hessian import Moments
+from vptq.quantize.setup import _workers
 from vptq.quantize.solver import SolverConfig
-from vptq.quantize.workers import Workers, worker_devices
+from vptq.quantize.workers import Processes, Workers, worker_devices
 
 CPU = torch.device("cpu")
 
@@ -26,18 +27,21 @@ CPU = torch.device("cpu")
 def test_two_workers_give_the_bytes_of_one(tmp_path: Path) -> None:
     model = tiny("qwen2", num_hidden_layers=1)  # with biases
     used = []
-    solve = Workers.solve
 
-    def watch(pool: Workers, *arguments: Any, **options: Any) -> Any:
-        used.append(len(pool))
-        return solve(pool, *arguments, **options)
+    def watched(solve: Any) -> Any:
+        def watch(pool: Workers, *arguments: Any, **options: Any) -> Any:
+            used.append(type(pool))
+            return solve(pool, *arguments, **options)
+
+        return watch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workers, "solve", watch)
+        for kind in (Workers, Processes):
+            patch.setattr(kind, "solve", watched(kind.solve))
         for count in (1, 2):
             options: dict[str, Any] = {"sequences": 3, "seqlen": 16, "device": "cpu", "workers": count}
             vptq.quantize(model, tmp_path / str(count), "v4-k16-16", **options)
-    assert used == [1] * 7 + [2] * 7
+    assert used == [Workers] * 7 + [Processes] * 7
     one, two = ([path.read_bytes() for path in sorted((tmp_path / name).glob("*.safetensors"))] for name in "12")
     assert one
     assert one == two
@@ -47,7 +51,7 @@ def test_an_error_arrives_as_it_was_and_a_worker_that_ends_is_one_line() -> None
     weight, hessian = problem(8, 6)
     config = LayerConfig(6, 8, 4, 4)
     options: dict[str, Any] = {"dtype": torch.float16, "solver": SolverConfig()}
-    with Workers([CPU, CPU]) as pool:
+    with Processes([CPU, CPU]) as pool:
         with pytest.raises(ConfigError, match="weight holds NaN"):
             pool.solve(weight * torch.nan, Moments(hessian), config, 0, **options)
         assert pool._pool is not None
@@ -67,7 +71,7 @@ def test_every_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="--workers is 2, and each needs a GPU of its own: from cuda:3 on there"):
         worker_devices(torch.device("cuda", 3), 2)
     with pytest.raises(ConfigError, match="--workers is 0; at least 1"):
-        worker_devices(CPU, 0)
+        _workers(CPU, 0, None)
 
 
 def test_workers_take_devices_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "vptq quantize MODEL -o DIR --bits 2.25",
         "vptq quantize MODEL -o DIR --spec v8-k65536-256 --calibration wikitext2",
         "vptq quantize MODEL -o DIR --size 1.2GiB --finetune e2e",
+        "vptq quantize MODEL -o DIR --bits 2.25 --ray auto    # on a node of a Ray cluster",
         "vptq quantize MODEL -o DIR --bits 2.25 --resume --progress json 2> progress.jsonl",
     ),
     "plan": ("vptq plan MODEL --bits 2.25", "vptq plan MODEL --size 1.2GiB --json plan.json"),

@@ -104,11 +104,21 @@ HeadOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--workers",
         min=1,
-        help="Processes that solve layers at once; on GPUs each takes one of its own, from --device on.",
+        help="Processes that solve layers at once; on GPUs each takes one of its own, from --device on.  "
+        "[default: 1; with --ray one for each GPU, or node]",
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Solve layers on the nodes of a Ray cluster: auto (RAY_ADDRESS, or the cluster of this machine), "
+        "HOST:PORT of its head, or local (starts one here).  [default: without Ray]",
     ),
 ]
 RotateOption = Annotated[

@@ -20,6 +20,7 @@ from vptq.cli.options import (
     OriginalArgument,
     OverwriteOption,
     PermOption,
+    RayOption,
     ResumeOption,
     RotateOption,
     SeedOption,
@@ -115,7 +116,8 @@ def quantize(
     norm: NormOption = None,
     perm: PermOption = None,
     absorb_perm: AbsorbPermOption = True,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
     progress: ProgressOption = Form.auto,
@@ -159,6 +161,7 @@ def quantize(
             rotate=rotate,
             lm_head=lm_head,
             workers=workers,
+            ray=ray,
             progress=shown,
         )
         for warning in report.warnings:

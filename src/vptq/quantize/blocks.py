@@ -167,7 +167,7 @@ class BlockSolver:
         sizes = [linears[name].weight.numel() for name, _ in tasks]
         solved: Solved = {}
         solve = partial(self._solve_layer, index)
-        for layer in map_layers(solve, tasks, sizes, self.job.device, len(self.job.workers)):
+        for layer in map_layers(solve, tasks, sizes, self.job.device, self.job.workers):
             path = layer.report.name
             solved[path] = (layer.report, layer.tensors)
             self._tell(layer)

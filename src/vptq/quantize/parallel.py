@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from vptq.quantize.workers import Workers
+
 SMALL_LAYER = 4_000_000
 """Weights up to which a layer counts as small. Larger ones keep all threads busy by themselves, and several of them at
 once would need several times the memory."""
@@ -28,7 +30,7 @@ def map_layers(
     items: Sequence[Item],
     sizes: Sequence[int],
     device: torch.device,
-    workers: int = 1,
+    workers: Workers | None = None,
 ) -> Iterator[Result]:
     """`function` of each item, in order; at the same time where workers do the work, or all are small and on the CPU.
 
@@ -37,17 +39,18 @@ def map_layers(
         items: the largest first makes the best use of the threads.
         sizes: how many weights each has.
         device: where `function` computes.
-        workers: processes that `function` leaves the work to; 1 where it does it itself.
+        workers: that `function` leaves the work to; None where it does it itself.
 
     Yields:
         The results in the order of the items, each as soon as it and those before it are there.
     """
-    threads = min(workers if workers > 1 else torch.get_num_threads(), len(items))
-    alone = workers == 1 and (device.type != "cpu" or max(sizes) > SMALL_LAYER)
+    at_once = 1 if workers is None else len(workers)
+    threads = min(at_once if at_once > 1 else torch.get_num_threads(), len(items))
+    alone = at_once == 1 and (device.type != "cpu" or max(sizes) > SMALL_LAYER)
     if threads < 2 or alone:
         yield from map(function, items)
         return
-    with nullcontext() if workers > 1 else _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+    with nullcontext() if at_once > 1 else _one_thread_each(), ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in futures:
@@ -55,6 +58,8 @@ def map_layers(
         finally:
             for future in futures:
                 future.cancel()
+            if workers is not None and not all(future.done() for future in futures):
+                workers.give_up()
 
 
 @contextmanager

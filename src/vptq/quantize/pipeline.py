@@ -62,7 +62,8 @@ def quantize(
     move_indices: float = 0.0,
     rotate: bool = False,
     lm_head: str | QuantSpec | None = None,
-    workers: int = 1,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Quantizes a causal language model and writes it in the VPTQ checkpoint format.
@@ -100,8 +101,13 @@ def quantize(
             outliers; for Llama, Mistral, Qwen2, Qwen3 and models laid out like them.
         lm_head: spec of the output head, or "auto" with a budget; None leaves it as it is. One that is tied to the
             embedding is refused, unless `rotate` takes them apart.
-        workers: processes that solve layers at once; on GPUs each takes one of its own, from `device` on. A script that
-            gives more than 1 must run from under `if __name__ == "__main__":`, as the processes import it again.
+        workers: processes that solve layers at once, 1 where nothing is said; on GPUs each takes one of its own, from
+            `device` on. A script that gives more than 1 must run from under `if __name__ == "__main__":`, as the
+            processes import it again.
+        ray: solve layers on the nodes of a Ray cluster instead, `workers` of them at once: "auto" (RAY_ADDRESS, or the
+            cluster that this machine is a node of), "HOST:PORT" of its head, or "local" to start one on this machine.
+            Each layer gets a GPU, or with `device="cpu"` an equal part of the CPUs; without `workers` as many are
+            solved at once as there are GPUs, or nodes.
         progress: told about every step.
 
     Returns:
@@ -118,15 +124,23 @@ def quantize(
         device=device, dtype=dtype, hessian_dir=None if hessian_dir is None else Path(hessian_dir),
         hessian_inputs=hessian_inputs, hessian=hessian, norm=norm, perm=perm, overwrite=overwrite, resume=resume,
         absorb_perm=absorb_perm, finetune=finetune, move_indices=move_indices, rotate=rotate,
-        budget=Budget.read(bits, size), lm_head=lm_head, workers=workers,
+        budget=Budget.read(bits, size), lm_head=lm_head, workers=workers, ray=ray,
     )  # fmt: skip
     check_head(job)
     check_budget(job)
     keep_large_tensors_out_of_the_heap()
+    with job.workers:  # first of all: a cluster that cannot be reached changes no folder
+        report = _in_workspace(job, StageTimes(progress or ignore), started)
+    job.workspace.remove()
+    return report
+
+
+def _in_workspace(job: Job, progress: StageTimes, started: float) -> Report:
+    if job.workers.note:
+        progress(ProgressEvent("starting", message=job.workers.note))
     job.enter_workspace()
     try:
-        with job.workers:
-            report = _run(job, StageTimes(progress or ignore), started)
+        return _run(job, progress, started)
     except (CalibrationError, ConfigError):
         job.leave_workspace()  # the same input would fail again
         raise
@@ -134,8 +148,6 @@ def quantize(
         if not job.workspace.has_block(0):
             job.leave_workspace()
         raise
-    job.workspace.remove()
-    return report
 
 
 def _run(job: Job, progress: StageTimes, started: float) -> Report:

@@ -170,7 +170,7 @@ class _Walk:
             self.specs.append(spec.name)
             tasks += [(name, linear.weight.data, linear, hessians[name]) for name, linear in unit.items()]
         sizes = [weight.numel() for _, weight, _, _ in tasks]
-        solved = map_layers(self._solve, tasks, sizes, self._job.device, len(self._job.workers))
+        solved = map_layers(self._solve, tasks, sizes, self._job.device, self._job.workers)
         return {name: weight for (name, *_), weight in zip(tasks, solved, strict=True)}
 
     def _solve(self, task: tuple[str, Tensor, nn.Linear, Tensor]) -> Tensor:

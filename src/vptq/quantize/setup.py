@@ -16,7 +16,7 @@ from vptq.quantize.job import Job
 from vptq.quantize.original import Original, compute_dtype
 from vptq.quantize.solver import SolverConfig
 from vptq.quantize.training import TrainingConfig
-from vptq.quantize.workers import Workers, worker_devices
+from vptq.quantize.workers import Processes, Workers, worker_devices
 from vptq.quantize.workspace import Workspace
 from vptq.source import load_config, resolve_model
 from vptq.spec import QuantSpec
@@ -52,7 +52,8 @@ def prepare(
     rotate: bool = False,
     budget: Budget | None = None,
     lm_head: str | QuantSpec | None = None,
-    workers: int = 1,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> Job:
     """Checks everything that can be checked without reading weights. With neither spec nor budget, DEFAULT_SPEC it is.
 
@@ -132,10 +133,22 @@ def prepare(
         solver=SolverConfig(),
         training=TrainingConfig(),
         workspace=workspace,
-        workers=Workers(worker_devices(place, workers)),
+        workers=_workers(place, workers, ray),
         budget=budget,
         lm_head=head,
     )
+
+
+def _workers(device: torch.device, workers: int | None, ray: str | None) -> Workers:
+    """Where layers are solved; Ray's part is loaded only here."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers is {workers}; at least 1 is needed")
+    if ray is not None:
+        from vptq.quantize.cluster import Cluster
+
+        return Cluster(ray, device, workers)
+    devices = worker_devices(device, workers or 1)
+    return Processes(devices) if len(devices) > 1 else Workers()
 
 
 def _chosen(spec: str | QuantSpec, norm: bool | None, perm: bool | None) -> QuantSpec:
