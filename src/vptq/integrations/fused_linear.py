@@ -86,6 +86,11 @@ class Piece(nn.Module):
         self.surplus, self.zeros, self.missing = surplus, zeros, missing
         self.out_features = layer.out_features - surplus + missing
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its weight is as it was stored."""
+        return not isinstance(self.layer, VQuantLinear)
+
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Outputs [..., out_features], of x [..., columns of the device]."""
         x = functional.pad(x, (0, self.zeros)) if self.zeros else x
@@ -150,8 +155,10 @@ class FusedLinear(nn.Module):
         if name not in expected:
             entry = "no entry for it" if config is None else f"an entry that does not allow its tensor {name}"
             raise CheckpointError(f"{path} is stored quantized, but quantization_config has {entry}")
-        waiting = self._waiting.setdefault(number, {})
+        waiting, made = self._waiting.setdefault(number, {}), self._made.get(number)
         waiting[name] = tensor
+        if len({known == DENSE for known in waiting}) > 1 or (made and made[0].is_dense != (name == DENSE)):
+            raise CheckpointError(f"{path} is stored twice, dense and quantized")
         # What is stored decides: an entry shared by the end of a name may cover a layer that was left dense.
         if name == DENSE or waiting.keys() == expected - {DENSE}:
             self._made[number] = self._pieces_of(number, self._waiting.pop(number))
@@ -170,14 +177,12 @@ class FusedLinear(nn.Module):
                 self.receive(number, name, make.to(device, spec.dtype))
 
     def check_complete(self) -> None:
-        """Raises CheckpointError if a stored layer lacks a tensor."""
-        for number, layer in enumerate(self.stored):
-            waiting = self._waiting.get(number, {})
-            if number in self._made and not waiting:
-                continue
-            if layer.config is None or number in self._made:
-                raise CheckpointError(f"{layer.path} is stored neither dense nor quantized, or both")
-            check_stored(layer.config, waiting, layer.path)
+        """Raises CheckpointError, naming one, if a stored layer lacks tensors."""
+        for number, stored in enumerate(self.stored):
+            if number not in self._made and stored.config is None:
+                raise CheckpointError(f"{stored.path}: tensor {DENSE} is missing")
+            if number not in self._made and stored.config is not None:
+                check_stored(stored.config, self._waiting.get(number, {}), stored.path)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs [..., all parts].
@@ -222,9 +227,10 @@ class FusedLinear(nn.Module):
         if DENSE in tensors:
             return self._dense_pieces(number, tensors[DENSE])
         assert stored.config is not None
+        stored_dtype = tensors["centroids.weight"].dtype
         if self.columns.is_whole and all(rows.is_whole for rows in parts):
             layer = VQuantLinear.from_tensors(stored.config, tensors, self.dtype, stored.path)
-            _check_fits(layer, tensors, stored.path)
+            _check_fits(layer, stored_dtype, stored.path)
             return [Piece(layer, missing=parts[-1].missing)]
         whole = QuantizedWeight.from_tensors(stored.config, tensors, stored.path)
         pieces, above = [], 0
@@ -232,7 +238,7 @@ class FusedLinear(nn.Module):
             weight, surplus = cut_rows(whole, above + rows.start, above + rows.stop)
             weight, zeros = cut_columns(weight, self.columns.start, self.columns.stop)
             layer = VQuantLinear.from_weight(weight, self.dtype)
-            _check_fits(layer, tensors, stored.path)
+            _check_fits(layer, stored_dtype, stored.path)
             pieces.append(Piece(layer, surplus, zeros, rows.missing))
             above += rows.whole
         return pieces
@@ -245,6 +251,7 @@ class FusedLinear(nn.Module):
             with torch.device("meta"):
                 layer = nn.Linear(held.shape[1], held.shape[0], bias=False)
             layer.weight = nn.Parameter(held.to(self.dtype, copy=True), requires_grad=False)
+            _check_fits(layer, weight.dtype, self.stored[number].path)
             pieces.append(Piece(layer, missing=rows.missing))
             above += rows.whole
         return pieces
@@ -257,10 +264,8 @@ def _form(piece: Piece) -> object:
     return None
 
 
-def _check_fits(layer: VQuantLinear, stored: Mapping[str, Tensor], where: str) -> None:
+def _check_fits(layer: nn.Module, stored: torch.dtype, where: str) -> None:
     """Raises CheckpointError where a number that was finite in the file is not in the layer's dtype."""
-    if layer.dtype != torch.float16 or stored["centroids.weight"].dtype == torch.float16:
-        return
     for name, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.dtype == torch.float16 != stored and not parameter.isfinite().all():
             raise CheckpointError(f"{where}.{name} holds numbers beyond float16's 65504; run the model in bfloat16")
