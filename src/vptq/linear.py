@@ -163,7 +163,7 @@ class VQuantLinear(nn.Module):
 
     @classmethod
     def from_tensors(
-        cls, config: LayerConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+        cls, config: LayerConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, where: str = "layer"
     ) -> VQuantLinear:
         """A layer from tensors as stored, legacy carriers included.
 
@@ -171,12 +171,13 @@ class VQuantLinear(nn.Module):
             config: The layer.
             tensors: By on-disk name; tensors already in the right dtype are shared, not copied.
             dtype: Float dtype; None for that of the main codebook.
+            where: The layer's name, for messages.
 
         Raises:
             CheckpointError: The tensors contradict `config`, or an index points outside its codebook.
         """
-        check_stored(config, tensors, "layer")
-        check_indices(config, tensors, "layer")
+        check_stored(config, tensors, where)
+        check_indices(config, tensors, where)
         dtype = dtype or tensors["centroids.weight"].dtype
         layer = cls.from_config(config, dtype=dtype, device="meta")
         layer.load_state_dict(normalize(config, tensors, dtype), assign=True)

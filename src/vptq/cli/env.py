@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 
 from vptq.cli.console import facts, file_size, output, plain_table
-from vptq.extras import EXTRAS, install_command
+from vptq.extras import EXTRAS, install_command, installed_version
 
 PACKAGES = {"torch": "", "transformers": "", "safetensors": "", "accelerate": "", "tokenizers": "", "triton": ""}
-PACKAGES |= {"cuda-core": "cuda", "datasets": "data", "matplotlib": "plot", "gguf": "gguf"}
+PACKAGES |= {"cuda-core": "cuda", "datasets": "data", "matplotlib": "plot", "gguf": "gguf", "vllm": "vllm"}
 
 
 def env(
@@ -70,12 +70,8 @@ def _served(folder: Path) -> Table:
 
 
 def _version(package: str, extra: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return f"not installed ({EXTRAS[extra]}: {install_command(extra)})" if extra else "not installed"
+    missing = f"not installed ({EXTRAS[extra]}: {install_command(extra)})" if extra else "not installed"
+    return installed_version(package) or missing
 
 
 def _devices() -> dict[str, str]:

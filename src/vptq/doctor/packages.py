@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 import vptq
 from vptq.doctor.finding import Finding
-from vptq.extras import EXTRAS, install_command
+from vptq.extras import EXTRAS, install_command, installed_version
 
 
 def python() -> Iterator[Finding]:
@@ -71,7 +71,7 @@ def extra_finding(extra: str, purpose: str, wanted: Iterable[Requirement]) -> Fi
     """One extra: absent is optional, but a version that will not work is a problem."""
     part, missing, wrong = f"extra {extra}", [], []
     for requirement in wanted:
-        version = _version(requirement.name)
+        version = installed_version(requirement.name)
         if version is None:
             missing.append(requirement.name)
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -97,7 +97,7 @@ def reinstall_command() -> str:
 
 
 def _finding(requirement: Requirement) -> Finding:
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     if version is None:
         return Finding(requirement.name, "problem", "not installed", f"pip install '{requirement}'")
     if requirement.specifier.contains(version, prereleases=True):
@@ -123,10 +123,3 @@ def _is_extra(requirement: Requirement, extra: str = "") -> bool:
     if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
         return False
     return not extra or requirement.marker.evaluate({"extra": extra})
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

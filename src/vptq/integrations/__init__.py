@@ -36,6 +36,20 @@ def install_hooks() -> None:
             sys.meta_path.insert(0, _PostImportFinder(target))
 
 
+def register_with_vllm() -> None:
+    """Teach vLLM the format: the entry point `vllm.general_plugins`, which every process of vLLM calls when it starts.
+
+    It starts for other models too, where this package happens to be installed: so nothing that goes wrong here may stop
+    it, and a VPTQ checkpoint is then refused by vLLM as unknown.
+    """
+    try:
+        importlib.import_module("vptq.integrations.vllm")
+    except Exception as error:
+        warnings.warn(
+            f"vptq cannot register with this version of vllm ({error}); VPTQ models will not work with it", stacklevel=2
+        )
+
+
 def _register(target: str) -> None:
     try:
         importlib.import_module(_INTEGRATIONS[target])
