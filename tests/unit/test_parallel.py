@@ -50,7 +50,7 @@ def test_an_error_is_raised_and_threads_are_given_back(two_threads):
 
 def test_layers_that_nobody_waits_for_are_given_up():
     """The first fails while the second is solved elsewhere, until it is told to end."""
-    told = threading.Event()
+    begun, told = threading.Event(), threading.Event()
 
     class Two(Workers):
         def __len__(self) -> int:
@@ -61,7 +61,9 @@ def test_layers_that_nobody_waits_for_are_given_up():
 
     def solve(item: int) -> bool:
         if item == 1:
+            begun.wait(timeout=20)
             raise ValueError(item)
+        begun.set()
         return told.wait(timeout=20)
 
     with pytest.raises(ValueError, match="1"):
