@@ -88,15 +88,21 @@ KINDS = (
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stored]:
-    """Quantized checkpoints: make_checkpoint(family, dtype, kinds, shards) writes one and says what is in it."""
+    """Quantized checkpoints: make_checkpoint(family, dtype, kinds, shards) writes one and says what is in it.
+
+    `sizes` are those of the model's configuration that shall differ.
+    """
 
     def make(
         family: str = "llama",
         dtype: torch.dtype = torch.float16,
         kinds: tuple[dict[str, Any], ...] = KINDS,
         shards: int = 1,
+        **sizes: int,
     ) -> Stored:
         hf_config = CONFIGS[family]()
+        for name, size in sizes.items():
+            setattr(hf_config, name, size)
         hf_config.dtype = dtype
         torch.manual_seed(0)
         dense = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype)

@@ -218,3 +218,12 @@ def test_a_missing_tensor_is_named(be_rank: Any) -> None:
     del checkpoint.tensors["model.proj.perm"]
     with pytest.raises(CheckpointError, match=r"model\.proj: tensor perm is missing"):
         checkpoint.load("proj", linear.ReplicatedLinear, WIDTH, 16, bias=False)
+
+
+def test_the_loader_may_use_its_memory_again(be_rank: Any) -> None:
+    checkpoint = Checkpoint(proj=(16, GROUPS))
+    expected = checkpoint.weights["proj"].clone()
+    layer = checkpoint.load("proj", linear.ReplicatedLinear, WIDTH, 16, bias=False)
+    for tensor in checkpoint.tensors.values():
+        tensor.zero_()
+    assert torch.equal(weight_of(layer), expected)

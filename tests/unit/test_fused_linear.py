@@ -151,6 +151,8 @@ def test_layers_that_are_alike_run_by_one_operator_and_others_do_not() -> None:
     assert not Checkpoint((24, KINDS[0]), (16, KINDS[1])).linear(full(24, 16))._is_one_launch
     assert not Checkpoint((24, KINDS[0]), (16, DENSE)).linear(full(24, 16))._is_one_launch
     assert not Checkpoint((24, KINDS[0])).linear(full(24))._is_one_launch
+    cut_in_vectors = Checkpoint((24, KINDS[0]), (24, KINDS[0])).linear([Span(12, 24, 24), Span(12, 24, 24)])
+    assert not cut_in_vectors._is_one_launch, "each has outputs to drop"
 
 
 def test_it_compiles_without_a_graph_break_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +225,12 @@ def test_a_tensor_that_does_not_belong_is_refused_by_name() -> None:
     checkpoint.tensors[1]["indices"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"layer\.1 .*no entry"):
         checkpoint.linear(full(24, 16))
+
+
+@pytest.mark.parametrize("lacking", ["", "indices"])
+def test_a_layer_that_is_stored_dense_and_quantized_is_refused(lacking: str) -> None:
     checkpoint = Checkpoint((24, KINDS[0]))
+    checkpoint.tensors[0].pop(lacking, None)
     checkpoint.tensors[0]["weight"] = torch.zeros(24, WIDTH)
     with pytest.raises(CheckpointError, match=r"layer\.0 is stored twice, dense and quantized"):
         checkpoint.linear(full(24))
