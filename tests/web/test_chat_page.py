@@ -147,6 +147,15 @@ def test_an_answer_streams_and_nothing_comes_from_elsewhere(
     assert page.hosts == {re.sub(r"^\w+://([^/]*).*", r"\1", address)}
 
 
+def settled(page: Any) -> list[str]:
+    """What is shown once it has not changed for a second."""
+    before: list[str] = []
+    while (now := shown(page)) != before:
+        before = now
+        page.wait_for_timeout(1000)
+    return before
+
+
 @pytest.mark.parametrize("how", ["stop", "leave"])
 def test_an_answer_nobody_wants_ends_and_keeps_what_there_is(how: str, visit: Any, pace: threading.Semaphore) -> None:
     page, other = visit(), visit()
@@ -155,7 +164,7 @@ def test_an_answer_nobody_wants_ends_and_keeps_what_there_is(how: str, visit: An
     page.wait_for_selector("#left [data-testid=bot]")
     ask(other, "ku")
     wait_for(other, "#left-status", "Waiting: 1 before this one")
-    before = shown(page)
+    before = settled(page)
     if how == "stop":
         page.click("#stop")
         page.wait_for_timeout(2000)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vptq.app.models import LoadedModels
@@ -27,10 +28,11 @@ class Chat:
         self._engine = engine
         self._models = models
 
-    async def answer(
+    @contextmanager
+    def asking(
         self, model: str, messages: Sequence[Mapping[str, Any]], sampling: Sampling
-    ) -> AsyncIterator[tuple[str, str]]:
-        """Answer a conversation.
+    ) -> Iterator[AsyncIterator[tuple[str, str]]]:
+        """While this is open a conversation is answered, whether or not somebody looks yet; leaving it stops that.
 
         Args:
             model: As `LoadedModels.get` takes it.
@@ -38,23 +40,27 @@ class Chat:
             sampling: How tokens are chosen.
 
         Yields:
-            The text so far, and a line about it. Leaving the iterator stops the answer.
+            What there is to see, as it comes: the text so far, and a line about it.
         """
         turns = [{"role": message["role"], "content": plain_text(message["content"])} for message in messages]
         try:
             answer = self._engine.submit(lambda answer: self._generate(answer, model, turns, sampling))
         except QueueFullError:
-            yield "", "Too many are waiting already; try again later."
+            yield _said("Too many are waiting already; try again later.")
             return
         try:
-            async for shown in self._follow(answer, model):
-                yield shown
-        except VPTQError as error:
-            yield "", f"Error: {error}"
+            yield self._follow(answer, model)
         finally:
             answer.stop()
 
     async def _follow(self, answer: Answer, model: str) -> AsyncIterator[tuple[str, str]]:
+        try:
+            async for shown in self._grow(answer, model):
+                yield shown
+        except VPTQError as error:
+            yield "", f"Error: {error}"
+
+    async def _grow(self, answer: Answer, model: str) -> AsyncIterator[tuple[str, str]]:
         while not await answer.begins_within(PATIENCE):
             yield "", self._waiting(answer, model)
         text = ""
@@ -87,6 +93,10 @@ class Chat:
             on_token=answer.count_token,
             cache=cache,
         )
+
+
+async def _said(status: str) -> AsyncIterator[tuple[str, str]]:
+    yield "", status
 
 
 def plain_text(content: Any) -> str:

@@ -83,14 +83,16 @@ def make_page(choices: Sequence[Choice], engine: Engine, chat: Chat, monitor: Mo
             turn = {"role": "user", "content": question[:MOST_CHARACTERS]}
             left, right = [*left, turn], [*right, turn] if beside else right
             done = [left, "", right, ""]
-            yield "", *done
             sampling = Sampling(int(tokens), temperature, top_p)
             told = [{"role": "system", "content": system}] if system else []
             for side, (model, history) in enumerate([(left_model, left), (right_model, right)][: 2 if beside else 1]):
-                async for text, status in chat.answer(model, [*told, *history], sampling):
-                    reply = [{"role": "assistant", "content": text}] if text else []
-                    done[2 * side : 2 * side + 2] = [*history, *reply], status
-                    yield gr.skip(), *done  # the next question may be being written
+                with chat.asking(model, [*told, *history], sampling) as answer:
+                    if side == 0:
+                        yield "", *done  # shown while the model reads it
+                    async for text, status in answer:
+                        reply = [{"role": "assistant", "content": text}] if text else []
+                        done[2 * side : 2 * side + 2] = [*history, *reply], status
+                        yield gr.skip(), *done  # the next question may be being written
 
         # One event for the question and its answer: each event takes the way to the server and back.
         answering = gr.on(
