@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_layers import A100, FORMS, H100, KIB, T4, V100, decode
+from cuda_layers import A100, FORMS, H100, KIB, RTX_5090, T4, V100, decode
 from triton_layers import layer_of
 
 from vptq.config import LayerConfig
 from vptq.ops import cuda_compile, cuda_launch
-from vptq.ops.cuda_plan import TOKENS, Card, kind_of
+from vptq.ops.cuda_plan import TOKENS, Card, Kind, kind_of
 
 
 def nvrtc() -> str:
@@ -34,48 +34,53 @@ def nvrtc() -> str:
     return ""
 
 
-def nvrtc_version() -> tuple[int, int]:
-    """Major and minor, where there is one."""
+def known(architecture: str) -> bool:
+    """Whether the NVRTC that is installed compiles for an architecture: 12 begins before 7.0, 13 at 7.5."""
+    if nvrtc():
+        return True  # shown as skipped
     from cuda.bindings import nvrtc as library
 
-    _, major, minor = library.nvrtcVersion()
-    return major, minor
+    _, numbers = library.nvrtcGetSupportedArchs()
+    return int(architecture.removeprefix("sm_")) in numbers
 
 
 NVRTC = pytest.mark.skipif(bool(nvrtc()), reason=nvrtc() or "-")
-CARDS = {"sm_70": V100, "sm_75": T4, "sm_80": A100, "sm_90": H100}
-# Every form and number of tokens; the newest card for most.
-CASES = [
-    (architecture, form, tokens)
-    for architecture, some in (("sm_70", (1, 8)), ("sm_75", (2,)), ("sm_80", (4,)), ("sm_90", (1, 8)))
-    for form in FORMS
-    for tokens in some
-]
+CARDS = {"sm_70": V100, "sm_75": T4, "sm_80": A100, "sm_90": H100, "sm_120": RTX_5090}
+KNOWN = [architecture for architecture in CARDS if known(architecture)]
+# Every form and number of tokens; most for the oldest card, which spills most, and the newest of the data centre.
+TIMES = {"sm_70": (1, 2, 8), "sm_75": (2,), "sm_80": (4,), "sm_90": (1, 8), "sm_120": (1,)}
+CASES = [(architecture, form, tokens) for architecture in KNOWN for form in FORMS for tokens in TIMES[architecture]]
 
 
 @NVRTC
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "form", "tokens"), CASES)
 def test_every_form_compiles_for_every_card(architecture: str, form: str, tokens: int) -> None:
-    if architecture == "sm_70" and nvrtc_version() >= (13, 0):
-        pytest.skip("NVRTC 13 begins at 7.5; 12 reaches 7.0")
     kind = kind_of(torch.float16, *FORMS[form], CARDS[architecture])
     assert kind is not None
+    check_code(kind, tokens, architecture)
+
+
+@NVRTC
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_bfloat16_compiles(architecture: str) -> None:
+    """Also for cards that have no arithmetic for it."""
+    kind = kind_of(torch.bfloat16, 8, 8, 8, CARDS[architecture])
+    assert kind is not None
+    check_code(kind, 1, architecture)
+
+
+def check_code(kind: Kind, tokens: int, architecture: str) -> None:
+    """There is machine code, about which the compiler has no more to say than that it keeps sums in registers."""
     log = io.StringIO()
     code = cuda_compile.compile_kernel(kind.parameters(tokens), architecture, log, ("-v",))
     assert code.code[:4] == b"\x7fELF"
     said = log.getvalue()[log.getvalue().index("'decode'") :]
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None
-    assert int(spilled[1]) <= 160, "sums belong into registers"
+    most = 128 if architecture in ("sm_80", "sm_90", "sm_120") else 192
+    assert int(spilled[1]) <= most, "sums belong into registers"
     assert "warning" not in re.sub("nvrtc: warning: Architectures prior to .* are deprecated", "", log.getvalue())
-
-
-@NVRTC
-def test_bfloat16_compiles() -> None:
-    kind = kind_of(torch.bfloat16, 8, 8, 8, Card(100, 99 * KIB))
-    assert kind is not None
-    assert cuda_compile.compile_kernel(kind.parameters(1), "sm_86", io.StringIO()).code
 
 
 @pytest.mark.slow
