@@ -21,8 +21,7 @@ from vptq.ops.cuda_plan import Card, Kind
 
 KIB = 1 << 10
 H100, A100, RTX_5090, RTX_4090, T4, V100 = (
-    Card(count, shared * KIB)
-    for count, shared in ((132, 227), (108, 163), (170, 99), (128, 99), (40, 64), (80, 96))
+    Card(count, shared * KIB) for count, shared in ((132, 227), (108, 163), (170, 99), (128, 99), (40, 64), (80, 96))
 )
 FORMS = {
     "v8-k256-256": (8, 8, 8),
