@@ -47,6 +47,7 @@ cases = st.tuples(
     st.sampled_from([(1,), (2,), (37,), (130,), (4, 4), (16, 3), (40, 20), (5, 80)]),  # codebooks
     st.booleans(),  # coupled
     st.booleans(),  # held
+    st.booleans(),  # weighted
     st.integers(0, 2**20),
 )
 
@@ -54,15 +55,17 @@ cases = st.tuples(
 @settings(max_examples=8, deadline=None)
 @given(case=cases)
 def test_in_exact_arithmetic_it_is_the_pytorch_search_to_the_last_bit(device: str, case: Any) -> None:
-    n, rows, v, sizes, coupled, held, seed = case
-    problem = make(n, rows, v, sizes, coupled=coupled, held=held, seed=seed, grid=True)
+    n, rows, v, sizes, coupled, held, weighted, seed = case
+    problem = make(n, rows, v, sizes, coupled=coupled, held=held, seed=seed, grid=True, weighted=weighted)
     assert same(run(problem, sizes[0] + 1, device), problem.run(in_torch.assign_columns, sizes[0] + 1))
 
 
 def distances(problem: Problem, values: Tensor, target: Tensor) -> Tensor:
-    """[n, vectors]: squared, in the units of the codebook."""
+    """[n, vectors]: squared and weighted, in the units of the codebook."""
     v = problem.main.shape[1]
     difference = (values - target) / problem.scale[:, None]
+    if problem.row_weights is not None:
+        difference = difference * problem.row_weights.sqrt()
     padded = torch.nn.functional.pad(difference, (0, -difference.shape[1] % v))
     return padded.view(len(values), -1, v).square().sum(-1)
 
@@ -73,8 +76,8 @@ def test_a_beam_finds_pairs_as_near_as_the_pytorch_search(device: str, case: Any
     """With the sums of all pairs out of reach, so that the beam is what is tested; also where vectors are cut short."""
     from vptq.ops import triton_search
 
-    n, rows, v, sizes, _, held, seed = case
-    problem = make(n, rows, v, sizes, coupled=False, held=held, seed=seed)
+    n, rows, v, sizes, _, held, weighted, seed = case
+    problem = make(n, rows, v, sizes, coupled=False, held=held, seed=seed, weighted=weighted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_search, "PAIR_LIMIT", 0)
         patch.setattr(in_torch, "PRODUCT_LIMIT", 0)
@@ -88,11 +91,21 @@ def test_a_beam_finds_pairs_as_near_as_the_pytorch_search(device: str, case: Any
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(300,), (20, 40)])
+@pytest.mark.parametrize("held", [False, True])
+def test_rows_that_count_more_decide(device: str, held: bool, sizes: tuple[int, ...]) -> None:
+    """Among many tiles of centroids, with a vector cut short at the end, against what all rows counting alike gives."""
+    problem = make(2, 75, 6, sizes, coupled=False, held=held, seed=2, grid=True, weighted=True)
+    found = run(problem, sizes[0], device)
+    assert same(found, problem.run(in_torch.assign_columns, sizes[0]))
+    assert not same(found, run(replace(problem, row_weights=None), sizes[0], device))
+
+
 def test_splits_and_parts_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vptq.ops import triton_search
 
     for sizes, beam in (((200,), 1), ((700, 400), 3)):
-        problem = make(2, 75, 6, sizes, coupled=False, held=True, seed=1)
+        problem = make(2, 75, 6, sizes, coupled=False, held=True, seed=1, weighted=True)
         with monkeypatch.context() as patch:
             expected = run(problem, beam, device)
             patch.setattr(triton_search, "PROGRAMS", 10000)

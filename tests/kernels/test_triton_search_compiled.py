@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from vptq.ops import triton_nearest as kernels
 
 WHOLE = {"tiles": "*i32", "indices": "*i64", "residual_indices": "*i64"}
-FLOATS = ("x", "scale", "shift", "held", "table", "half_norms", "center", "minima", "codebook", "residual", "values",
+FLOATS = ("x", "scale", "shift", "weights", "held", "table", "half_norms", "center", "minima", "codebook", "residual", "values",
           "errors", "distances")
 
 def compile(name, target, constants, absent, warps):
@@ -52,13 +52,14 @@ EXACT_BFLOAT16 = {**RANK, "PRECISION": "bf16x6"}
 SETTLE = {"V": 2, "TILE": 64, "SLOTS": 1, "KEPT": 1, "ROWS": 8}
 # Kernel, GPU, compile-time sizes, what is not given, warps.
 CASES = (
-    ("rank", HOPPER, EXACT_BFLOAT16, ("scale", "shift"), 4),
-    ("rank", AMPERE, {**EXACT_BFLOAT16, "SLOTS": 32}, (), 4),
+    ("rank", HOPPER, EXACT_BFLOAT16, ("scale", "shift", "weights"), 4),
+    ("rank", HOPPER, EXACT_BFLOAT16, (), 4),
+    ("rank", AMPERE, {**EXACT_BFLOAT16, "SLOTS": 32}, ("weights",), 4),
     ("rank", TURING, RANK, (), 4),
-    ("rank", MI300, RANK, (), 4),
+    ("rank", MI300, RANK, ("weights",), 4),
     ("settle_nearest", HOPPER, {**SETTLE, "SLOTS": 8, "KEPT": 8}, (), 1),
     ("settle_columns", HOPPER, {**SETTLE, "SLOTS": 8, "KEPT": 8}, (), 1),
-    ("settle_columns", MI300, SETTLE, ("held", "residual", "residual_indices"), 1),
+    ("settle_columns", MI300, SETTLE, ("weights", "held", "residual", "residual_indices"), 1),
 )
 
 

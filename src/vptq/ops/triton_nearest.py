@@ -6,6 +6,8 @@ does nearly all of the arithmetic remembers little, and another finds out afterw
     rank      all scores of a block of vectors, tile by tile of centroids -> the tiles with the lowest scores
     settle    those tiles' centroids again, by their distances -> the nearest ones
 
+Rows may count differently: with weights u a row the score is u.c^2/2 - (u x).c, two products.
+
 The `beam` nearest centroids lie in the `beam` best tiles, since every better tile holds a nearer one. A score is the
 same bits in whichever block, split or tile it is computed, and everything is chosen by (value, number): of equals the
 lower index wins, and the same input gives the same bytes. No atomics, and no program waits for another.
@@ -47,6 +49,14 @@ def coordinate(x, scale, shift, column, row, rows, element, present):
 
 
 @triton.jit
+def weighted(square, weights, row, rows, element, present):
+    """Squares of coordinates times what their rows count."""
+    if weights is not None:
+        square *= tl.load(weights + row + element, mask=present & (row + element < rows), other=0.0)
+    return square
+
+
+@triton.jit
 def worst_of(values, names):
     """Of each line of values [ROWS, n] and their distinct names the largest value, and of equals the last name."""
     worst = tl.max(values, 1)
@@ -78,7 +88,7 @@ def lowest(keys, names):
 
 @triton.jit
 def rank(
-    x, scale, shift, table, half_norms, center, minima, tiles,
+    x, scale, shift, weights, table, half_norms, center, minima, tiles,
     columns, rows, cut_from, all_tiles, tiles_a_split,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,7 +104,13 @@ def rank(
     value = coordinate(x, scale, shift, column[:, None], row[:, None], rows, element[None, :], present[:, None])
     inside = (element < V)[None, :] & (row[:, None] + element[None, :] < rows)
     value = tl.where(inside, value - tl.load(center + element)[None, :], 0.0)
-    usable = tl.sum(value * value, 1) < float("inf")
+    if weights is not None:
+        counts = tl.load(weights + row[:, None] + element[None, :], mask=inside & present[:, None], other=0.0)
+        halves = counts / 2
+        usable = tl.sum(counts * value * value, 1) < float("inf")
+        value *= counts
+    else:
+        usable = tl.sum(value * value, 1) < float("inf")
     value = tl.where(usable[:, None], value, 0.0)
     width = all_tiles * TILE
     kind = (tl.program_id(0) * ROWS >= cut_from).to(tl.int32)
@@ -107,7 +123,12 @@ def rank(
     for tile in range(first, tl.minimum(first + tiles_a_split, all_tiles)):
         entry = tile * TILE + tl.arange(0, TILE)
         centroids = tl.load(table + element[:, None] * width + entry[None, :])
-        scores = tl.load(half_norms + entry)[None, :] - tl.dot(value, centroids, input_precision=PRECISION)
+        norms = tl.load(half_norms + entry)[None, :]
+        if weights is not None:
+            norms = tl.where(
+                norms < float("inf"), tl.dot(halves, centroids * centroids, input_precision=PRECISION), norms
+            )
+        scores = norms - tl.dot(value, centroids, input_precision=PRECISION)
         score = tl.where(usable, tl.min(scores, 1), float("inf"))
         best, names = replace_worst(best, names, score, tl.zeros([ROWS], tl.int32) + tile)
     place = (number.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * SLOTS + slot
@@ -117,21 +138,21 @@ def rank(
 
 @triton.jit
 def squared_distances(
-    x, scale, shift, codebook, entry, column, row, rows, present, entries, V: tl.constexpr
+    x, scale, shift, weights, codebook, entry, column, row, rows, present, entries, V: tl.constexpr
 ):  # fmt: skip
-    """|x - c|^2 [ROWS, n] of each vector to its own centroids `entry` [ROWS, n], in the order of the elements."""
+    """|x - c|^2 [ROWS, n], weighted, of each vector to its own centroids `entry` [ROWS, n], in the order of the elements."""
     total = tl.zeros(entry.shape, tl.float32)
     for element in tl.static_range(V):
         value = coordinate(x, scale, shift, column, row, rows, element, present)
         known = (entry < entries) & (present & (row + element < rows))[:, None]
         difference = value[:, None] - tl.load(codebook + entry * V + element, mask=known, other=0.0)
-        total += difference * difference
+        total += weighted(difference * difference, weights, row[:, None], rows, element, present[:, None])
     return total
 
 
 @triton.jit
 def nearest_of_tiles(
-    x, scale, shift, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
+    x, scale, shift, weights, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
     V: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The `KEPT` nearest centroids [ROWS, KEPT] of each vector, in no order: distance (NaN: infinite) and number.
@@ -150,7 +171,7 @@ def nearest_of_tiles(
     for chosen in range(SLOTS):
         tile = tl.sum(tl.where(slot == chosen, names, 0), 1)
         entry = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        key = squared_distances(x, scale, shift, codebook, entry, column, row, rows, present, entries, V)
+        key = squared_distances(x, scale, shift, weights, codebook, entry, column, row, rows, present, entries, V)
         key = tl.where((entry < entries) & (key == key), key, float("inf"))
         entry = tl.where(entry < entries, entry, LAST)
         value, index = lowest(key, entry)
@@ -170,7 +191,7 @@ def settle_nearest(
     """The `beam` nearest centroids of a block of vectors in order: numbers and distances [vectors, beam]."""
     number, column, row, _, present = vectors_of_block(columns, rows, cut_from, V, ROWS)
     found, who = nearest_of_tiles(
-        x, None, None, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
+        x, None, None, None, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
         V, TILE, SLOTS, KEPT, ROWS,
     )  # fmt: skip
     order = tl.zeros([ROWS, KEPT], tl.int32)
@@ -181,14 +202,14 @@ def settle_nearest(
         order += ((value < found) | ((value == found) & (name < who))).to(tl.int32)
     mask = present[:, None] & (order < beam)
     place = number.to(tl.int64)[:, None] * beam + order
-    exact = squared_distances(x, None, None, codebook, who, column, row, rows, present, entries, V)
+    exact = squared_distances(x, None, None, None, codebook, who, column, row, rows, present, entries, V)
     tl.store(indices + place, who.to(tl.int64), mask=mask)
     tl.store(distances + place, exact, mask=mask)
 
 
 @triton.jit
 def best_pair(
-    x, scale, shift, codebook, residual, who, column, row, rows, present, entries, partners,
+    x, scale, shift, weights, codebook, residual, who, column, row, rows, present, entries, partners,
     V: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The main centroid among `who` [ROWS, KEPT] and the residual one whose sum is nearest; of equals the first."""
@@ -208,7 +229,7 @@ def best_pair(
                 left -= tl.load(codebook + candidate * V + element, mask=inside, other=0.0)
                 right = tl.load(residual + entry * V + element, mask=entry < partners, other=0.0)
                 difference = tl.where(inside[:, None], left[:, None] - right[None, :], 0.0)
-                key += difference * difference
+                key += weighted(difference * difference, weights, row[:, None], rows, element, present[:, None])
             key = tl.where((entry < partners)[None, :] & (key == key), key, float("inf"))
             value, index = lowest(key, tl.zeros([ROWS, TILE], tl.int32) + entry[None, :])
             better = exists & ((value < best) | ((value == best) & (candidate < main)))
@@ -228,7 +249,7 @@ def entry_of(codebook, residual, main, partner, element, inside, V: tl.constexpr
 
 @triton.jit
 def settle_columns(
-    x, scale, shift, held, codebook, residual, minima, tiles, indices, residual_indices, values, errors,
+    x, scale, shift, weights, held, codebook, residual, minima, tiles, indices, residual_indices, values, errors,
     columns, rows, cut_from, entries, all_tiles, splits, partners,
     V: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -239,12 +260,12 @@ def settle_columns(
     """
     number, column, row, place, present = vectors_of_block(columns, rows, cut_from, V, ROWS)
     _, who = nearest_of_tiles(
-        x, scale, shift, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
+        x, scale, shift, weights, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
         V, TILE, SLOTS, KEPT, ROWS,
     )  # fmt: skip
     if residual is not None:
         main, partner = best_pair(
-            x, scale, shift, codebook, residual, who, column, row, rows, present, entries, partners,
+            x, scale, shift, weights, codebook, residual, who, column, row, rows, present, entries, partners,
             V, TILE, KEPT, ROWS,
         )  # fmt: skip
     else:
@@ -264,8 +285,8 @@ def settle_columns(
             value = coordinate(x, scale, shift, column, row, rows, element, present)
             new_difference = value - entry_of(codebook, residual, main, partner, element, inside, V)
             old_difference = value - entry_of(codebook, residual, old, old_partner, element, inside, V)
-            now += new_difference * new_difference
-            then += old_difference * old_difference
+            now += weighted(new_difference * new_difference, weights, row, rows, element, present)
+            then += weighted(old_difference * old_difference, weights, row, rows, element, present)
         stays = now >= then
         main, partner = tl.where(stays, old, main), tl.where(stays, old_partner, partner)
     for element in tl.static_range(V):

@@ -5,7 +5,7 @@ a product with the errors of the columns before it, `rank`, and `settle_columns`
 fill a GPU with blocks of them, so several programs share the centroids of a block.
 
 Two codebooks of few pairs are searched as one codebook of all sums, as the C++ kernel does; otherwise every one of
-`beam` main centroids is tried with its best residual centroid. Rows that count differently are left to PyTorch.
+`beam` main centroids is tried with its best residual centroid.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def nearest(vectors: Tensor, codebook: Tensor, beam: int = 1) -> tuple[Tensor, T
     with devices.current(vectors.device):
         for part in _parts(count, 1, book, beam):
             cut = _Cut(1, (part.stop - part.start) * length, length)
-            ranked = _rank(vectors[part], None, None, cut, book, beam)
+            ranked = _rank(vectors[part], None, None, None, cut, book, beam)
             kernels.settle_nearest[(cut.blocks(SETTLE_ROWS),)](
                 vectors[part], book.entries, *ranked, indices[part], distances[part], *cut.arguments,
                 len(codebook), book.tiles, ranked[0].shape[1], beam, **_shape(book, beam), num_warps=1,
@@ -160,12 +160,13 @@ def assign_columns(
     pairs = len(main) * len(residual) if residual is not None else 0
     summed = residual is not None and beam > 1 and pairs <= PAIR_LIMIT
     tried = 1 if residual is None or summed else min(beam, len(main))
-    if row_weights is not None or _refuses(base.device, main.shape[1], tried):
+    if _refuses(base.device, main.shape[1], tried):
         return columns.assign_columns(
             base, coupling, present, scale, shift, main, residual, indices, residual_indices, beam, row_weights
         )
     base, scale, shift = base.contiguous(), scale.contiguous(), shift.contiguous()
     present = None if present is None else present.contiguous()
+    row_weights = None if row_weights is None else row_weights.contiguous()
     values, errors = torch.empty_like(base), torch.empty_like(base)
     if base.numel() == 0:
         return values, errors
@@ -180,10 +181,10 @@ def assign_columns(
         for at in steps:
             target = base[at] if coupling is None else _target(base, coupling, errors, at.start)
             cut = _Cut(len(target), rows, main.shape[1])
-            ranked = _rank(target, scale[at], shift[at], cut, book, tried)
+            ranked = _rank(target, scale[at], shift[at], row_weights, cut, book, tried)
             kernels.settle_columns[(cut.blocks(SETTLE_ROWS),)](
-                target, scale[at], shift[at], None if present is None else present[at], book.entries, partners,
-                *ranked, written[0][at], written[1][at] if residual is not None else None, values[at],
+                target, scale[at], shift[at], row_weights, None if present is None else present[at], book.entries,
+                partners, *ranked, written[0][at], written[1][at] if residual is not None else None, values[at],
                 errors[at], *cut.arguments, len(entries), book.tiles, ranked[0].shape[1],
                 1 if residual is None else len(residual), **_shape(book, tried), num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
@@ -199,7 +200,7 @@ def _target(base: Tensor, coupling: Tensor, errors: Tensor, column: int) -> Tens
 
 
 def _rank(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, cut: _Cut, book: Book, beam: int
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, weights: Tensor | None, cut: _Cut, book: Book, beam: int
 ) -> tuple[Tensor, Tensor]:
     """For each vector and split the best tiles: lowest scores and numbers [vectors, splits, slots]."""
     slots, blocks = _slots(book, beam), cut.blocks(RANK_ROWS)
@@ -211,7 +212,7 @@ def _rank(
     tiles = torch.empty_like(minima, dtype=torch.int32)
     shape = {name: size for name, size in _shape(book, beam).items() if name != "KEPT"}
     kernels.rank[(blocks, splits)](
-        x, scale, shift, book.table, book.half_norms, book.center, minima, tiles, *cut.arguments, book.tiles,
+        x, scale, shift, weights, book.table, book.half_norms, book.center, minima, tiles, *cut.arguments, book.tiles,
         tiles_a_split, **shape | {"ROWS": RANK_ROWS, "VP": len(book.center), "PRECISION": _precision(x.device)},
         num_warps=4,
     )  # fmt: skip
