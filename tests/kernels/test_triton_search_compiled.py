@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from vptq.ops import triton_nearest as kernels
 
 WHOLE = {"tiles": "*i32", "indices": "*i64", "residual_indices": "*i64"}
-FLOATS = ("x", "scale", "shift", "weights", "held", "table", "half_norms", "center", "minima", "codebook", "residual", "values",
-          "errors", "distances")
+FLOATS = ("x", "scale", "shift", "weights", "held", "table", "half_norms", "center", "minima", "codebook", "residual",
+          "values", "errors", "distances")
 
 def compile(name, target, constants, absent, warps):
     kernel = getattr(kernels, name)

@@ -140,7 +140,7 @@ def rank(
 def squared_distances(
     x, scale, shift, weights, codebook, entry, column, row, rows, present, entries, V: tl.constexpr
 ):  # fmt: skip
-    """|x - c|^2 [ROWS, n], weighted, of each vector to its own centroids `entry` [ROWS, n], in the order of the elements."""
+    """|x - c|^2 [ROWS, n], weighted, of each vector to its own centroids `entry`, in the order of the elements."""
     total = tl.zeros(entry.shape, tl.float32)
     for element in tl.static_range(V):
         value = coordinate(x, scale, shift, column, row, rows, element, present)
@@ -260,8 +260,8 @@ def settle_columns(
     """
     number, column, row, place, present = vectors_of_block(columns, rows, cut_from, V, ROWS)
     _, who = nearest_of_tiles(
-        x, scale, shift, weights, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles, splits,
-        V, TILE, SLOTS, KEPT, ROWS,
+        x, scale, shift, weights, codebook, minima, tiles, number, column, row, rows, present, entries, all_tiles,
+        splits, V, TILE, SLOTS, KEPT, ROWS,
     )  # fmt: skip
     if residual is not None:
         main, partner = best_pair(
