@@ -85,7 +85,7 @@ class Bench:
         texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
         # float32 because it is quicker than bfloat16 on a CPU without AMX; the original's perplexity is 18.51 in both.
         measure = ["--windows", "20", "--dtype", "float32", "--json", str(file)]
-        return ["eval", folder, "--reference", self.model, *texts, *measure]
+        return ["eval", folder, "--reference", self.model, "--remember", *texts, *measure]
 
     def run(self, stage: str, row: Row) -> None:
         """Does a stage of a row, unless that is done or what it starts from is missing."""

@@ -54,8 +54,21 @@ class ModelSource:
             return Path(self.gguf_file).stem
         return Path(self.folder).resolve().name if self.is_local else self.folder
 
+    def weight_stamps(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of each weight file in a local folder, to tell its weights from later ones."""
+        if not self.is_local:
+            return []
+        files = sorted((*Path(self.folder).glob("*.safetensors"), *Path(self.folder).glob("*.gguf")))
+        return [stamp(path) for path in files]
+
     def __str__(self) -> str:
         return self.folder if self.gguf_file is None else str(Path(self.folder, self.gguf_file))
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Path, size and time of change of a file."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def resolve_model(model: str | Path | ModelSource) -> ModelSource:

@@ -52,6 +52,9 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Examples of each task, from its beginning.  [default: all]")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests of tasks to run at once.")] = 8,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Keep what --reference predicts, for other models and the same text.")
+    ] = False,
     json_file: FiguresOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
@@ -76,6 +79,7 @@ def evaluate(
             task_dir=task_dir,
             limit=limit,
             batch_size=batch_size,
+            remember=remember,
             device=device,
             dtype="auto" if dtype is None else dtype.value,
             progress=shown,

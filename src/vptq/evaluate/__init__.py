@@ -49,6 +49,7 @@ def evaluate(
     task_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    remember: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: torch.dtype | str = "auto",
@@ -67,6 +68,9 @@ def evaluate(
         task_dir: A folder with task files (YAML) of your own. Functions that they name are code, and run.
         limit: The first so many examples of each task; None for all.
         batch_size: Requests of tasks in one forward pass; less where memory is short.
+        remember: Keep what the original predicts on the texts (a number a token and column of its hidden states) in
+            `vptq` under $XDG_CACHE_HOME (~/.cache), and use what was kept: the same figures, the original's blocks not
+            run again.
         tokenizer: The tokenizer to use; by default the model's, which needs a model given by name.
         device: Where to load models: "auto" (a GPU if there is one), or a torch device.
         dtype: Float dtype to load models in; "auto" is the one each is stored in.
@@ -82,6 +86,8 @@ def evaluate(
         text = () if task_names else DEFAULT_TEXT
     texts = [text] if isinstance(text, str | Path) else list(text)
     _check_settings(texts, windows, task_names, task_dir, limit, batch_size)
+    if remember and (not isinstance(reference, str | Path) or not texts):
+        raise ConfigError("remember keeps an original's predictions on text; give reference by name, and a text")
     if tokenizer is None:
         if not isinstance(model, str | Path):
             raise ConfigError("a model that is already loaded comes without its tokenizer; pass tokenizer=...")
@@ -103,7 +109,8 @@ def evaluate(
     loaded_reference = None if reference is None else _load(reference, device, dtype, tell)
     start = time.perf_counter()
     text_scores = [
-        _score_text(each, part, loaded, loaded_reference, tell) for each, part in zip(texts, tokens, strict=True)
+        _score_text(each, part, loaded, loaded_reference, tell, reference if remember else None)
+        for each, part in zip(texts, tokens, strict=True)
     ]
     task_scores: tuple[TaskScores, ...] = ()
     if task_names:
@@ -159,10 +166,19 @@ def _score_text(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tell: ProgressCallback,
+    remembered: ModelLike | None,
 ) -> TextScores:
     from vptq.evaluate.perplexity import score_windows
 
-    scores = score_windows(model, tokens, reference, lambda done, total: tell(ProgressEvent(str(text), done, total)))
+    path = None
+    if isinstance(remembered, str | Path) and reference is not None:
+        from vptq.evaluate.remembered import cache_path
+        from vptq.source import resolve_model
+
+        path = cache_path(resolve_model(remembered), reference, tokens)
+    scores = score_windows(
+        model, tokens, reference, lambda done, total: tell(ProgressEvent(str(text), done, total)), path
+    )
     return TextScores(text=str(text), windows=tokens.shape[0], seqlen=tokens.shape[1], **asdict(scores))
 
 

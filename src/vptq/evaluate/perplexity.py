@@ -11,15 +11,18 @@ are the largest tensors around; sums are float64.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from vptq.errors import ConfigError, VPTQError
+from vptq.evaluate.remembered import Original, logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +52,7 @@ def score_windows(
     windows: torch.Tensor,
     reference: PreTrainedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
+    remembered: Path | None = None,
 ) -> Scores:
     """Measure a model, and its distance to the original if there is one.
 
@@ -57,6 +61,7 @@ def score_windows(
         windows: Token ids [windows, seqlen], integers, seqlen >= 2.
         reference: The original model, over the same vocabulary.
         progress: Called with (windows done, windows in total).
+        remembered: File for the original's predictions, see `Original`.
 
     Raises:
         ConfigError: There is no window, a token is outside the vocabulary, or the two vocabularies differ.
@@ -66,8 +71,9 @@ def score_windows(
         raise ConfigError(f"token windows have shape {list(windows.shape)}; at least one window of 2 tokens is needed")
     _check_vocabulary(model, windows, reference)
     totals = torch.zeros(4, dtype=torch.float64)
+    original = None if reference is None else Original(reference, windows, remembered)
     for done, window in enumerate(windows, start=1):
-        sums = _score_window(model, window, reference)
+        sums = _score_window(model, window, None if original is None else original.logits(done - 1))
         if not math.isfinite(sums[0]):
             raise VPTQError(
                 f"the model's logits are not finite in window {done} of {len(windows)} (dtype {model.dtype}); "
@@ -76,6 +82,8 @@ def score_windows(
         totals += sums
         if progress is not None:
             progress(done, len(windows))
+    if original is not None and (why := original.keep()):
+        logging.getLogger("vptq").warning(why)
     # Windows are equally long, so the mean over windows of means within them is the mean over all predictions.
     nll, reference_nll, divergence, same_top = (totals / (windows.shape[0] * (windows.shape[1] - 1))).tolist()
     if reference is None:
@@ -84,10 +92,10 @@ def score_windows(
 
 
 @torch.inference_mode()
-def _score_window(model: PreTrainedModel, window: torch.Tensor, reference: PreTrainedModel | None) -> torch.Tensor:
+def _score_window(model: PreTrainedModel, window: torch.Tensor, reference_logits: torch.Tensor | None) -> torch.Tensor:
     """Sums over one window's predictions, float64 [4]: NLL, the original's NLL, KL, same likeliest token."""
-    logits = _logits(model, window)
-    reference_logits = None if reference is None else _logits(reference, window).to(logits.device)
+    logits = logits_of(model, window)
+    reference_logits = None if reference_logits is None else reference_logits.to(logits.device)
     targets = window[1:].to(logits.device)
     sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
     for first in range(0, len(targets), POSITIONS_AT_ONCE):
@@ -101,13 +109,6 @@ def _score_window(model: PreTrainedModel, window: torch.Tensor, reference: PreTr
         sums[2] += functional.kl_div(log_p, reference_log_p, reduction="sum", log_target=True)
         sums[3] += (log_p.argmax(-1) == reference_log_p.argmax(-1)).sum()
     return sums.cpu()
-
-
-def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Logits [seqlen - 1, vocabulary] that predict tokens 1.. of a window [seqlen]."""
-    # The last token predicts nothing inside the window, so it need not be run.
-    logits: torch.Tensor = model(input_ids=window[None, :-1].to(model.device), use_cache=False).logits
-    return logits[0]
 
 
 def _check_vocabulary(model: PreTrainedModel, windows: torch.Tensor, reference: PreTrainedModel | None) -> None:

@@ -28,6 +28,7 @@ from vptq.quantize.sensitivity import (
     measure,
 )
 from vptq.quantize.skeleton import Skeleton
+from vptq.source import stamp
 
 VERSION = 2
 """To be raised with every change of what is measured or how."""
@@ -66,25 +67,18 @@ def _identity(job: Job) -> dict[str, Any]:
     assert job.original.source is not None
     settings = job.settings()
     kept = ("model", "model_config", "sequences", "seqlen", "seed", "device", "dtype", "rotate", "lm_head")
-    model = Path(job.original.source.folder)
-    files = sorted((*model.glob("*.safetensors"), *model.glob("*.gguf"))) if job.original.source.is_local else []
     return {
         **{name: settings[name] for name in kept},
         "version": VERSION,
         "solver": asdict(QUICK),
         "tokens": [SEQLEN, JUDGED_TOKENS, TOKENS_PER_INPUT],
         "candidates": list(GAUSSIAN_LOSS),  # one of them is what a layer is measured with
-        "files": [_stamp(path) for path in files],
+        "files": job.original.source.weight_stamps(),
         "commit": getattr(job.original.config, "_commit_hash", None),
-        "calibration": [_stamp(Path(s)) if Path(s).is_file() else s for s in split_sources(job.calibration)],
+        "calibration": [stamp(Path(s)) if Path(s).is_file() else s for s in split_sources(job.calibration)],
         "norm": job.spec.enable_norm,
         "perm": job.spec.enable_perm,
     }
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def _read(path: Path) -> list[Sensitivity] | None:
