@@ -131,9 +131,10 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("p95", "answer_p95", "{:.1f}"),
     ),
     "first_token": (
+        Column("browser", "browser"),
         Column("words of the question", "words"),
         Column("terminal, seconds", "terminal_seconds", "{:.2f}"),
-        Column("browser", "page_seconds", "{:.2f}"),
+        Column("browser, seconds", "page_seconds", "{:.2f}"),
         Column("browser over terminal", "page_over_terminal", "{:.2f}"),
     ),
     "silence": (

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from vptq.ops import triton_tiles
+from vptq.ops import triton_launch, triton_tiles
+from vptq.ops.triton_layer import LayerSizes
 from vptq.ops.triton_tiles import DENSE_TILES, MATRIX_TILES, VECTOR_TILES, Tile, fastest
 
 TILES = (Tile(64, 64, 4), Tile(32, 64, 4), Tile(128, 64, 8))
@@ -108,3 +109,19 @@ def test_every_tile_is_one_that_kernels_can_take() -> None:
             assert number & (number - 1) == 0, "Triton's blocks are powers of two"
     for tile in MATRIX_TILES:
         assert min(tile.outputs, tile.columns) >= 16, "a matrix multiplication takes no less"
+
+
+@pytest.mark.parametrize("outliers", [0, 600])
+@pytest.mark.parametrize("columns", [700, 768, 4096, 11008])
+@pytest.mark.parametrize("wanted", [1, 100, 1056])
+def test_programs_share_the_columns_and_none_goes_idle(columns: int, wanted: int, outliers: int) -> None:
+    """No more of them than wanted where blocks of rows allow that, and as many as whole steps allow."""
+    sizes = LayerSizes({"in_features": columns, "outlier_size": outliers, "VP": 8}, torch.float16)
+    tile, blocks = Tile(64, 64, 4), (16, 2)
+    (rows, splits, tokens), arguments = triton_launch._shared(tile, sizes, blocks, wanted)
+    assert (rows, tokens) == blocks
+    each, looked_up = arguments["columns_a_split"], columns - outliers
+    assert each % tile.columns == 0
+    assert (splits - 1) * each < looked_up <= splits * each
+    assert splits == 1 or splits * rows * tokens <= wanted
+    assert each == tile.columns or (splits + 1) * rows * tokens > wanted / 2

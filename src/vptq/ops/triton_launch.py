@@ -130,7 +130,7 @@ def _shared(tile: Tile, sizes: LayerSizes, blocks: tuple[int, int], programs: in
     steps = -(-columns // tile.columns)
     wanted = max(1, min(steps, programs // (blocks[0] * blocks[1])))
     steps_each = -(-steps // wanted)
-    splits = -(-steps // steps_each)  # none without work
+    splits = -(-steps // steps_each)
     arguments = {"columns_a_split": steps_each * tile.columns, "ROWS": tile.rows(sizes.arguments["VP"])}
     return (blocks[0], splits, blocks[1]), arguments | {"COLUMNS": tile.columns, "num_warps": tile.warps}
 
