@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import vptq
 from vptq.errors import CalibrationError, ConfigError
 from vptq.progress import ProgressEvent
-from vptq.quantize import activations, finetune_folder, setup
+from vptq.quantize import activations, finetune, finetune_folder, setup
 from vptq.quantize.report import Report, load_report
 from vptq.quantize.student import Student
-from vptq.quantize.training import TrainingConfig
+from vptq.quantize.training import Trainer, TrainingConfig
 from vptq.quantize.weights import WeightFiles
 
 QUICK: dict[str, Any] = {"sequences": 12, "seqlen": 24}
@@ -221,6 +221,21 @@ def test_a_folder_that_is_there_is_finetuned(
     assert {path.name for path in folder.iterdir()} < {path.name for path in out.iterdir()}
     assert not (tmp_path / "out.work").exists()
     vptq.AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_steps_shrink_with_the_root_of_what_there_is_to_win(
+    tiny_model_folder: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    advance = Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", lambda self: (rates.append(self.config.rate), advance(self)))
+    before = vptq.finetune(untrained, tiny_model_folder, tmp_path / "out", **QUICK).before
+    for full, share in ((4 * before, 0.5), (before / 4, 1.0)):
+        rates.clear()
+        monkeypatch.setattr(finetune, "FULL_RATE_DIVERGENCE", full)
+        vptq.finetune(untrained, tiny_model_folder, tmp_path / "out", overwrite=True, **QUICK)
+        assert len(rates) > 3
+        assert rates == pytest.approx([share * TrainingConfig().rate] * len(rates))
 
 
 def test_another_models_folder_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
