@@ -136,8 +136,9 @@ def test_another_width_or_dtype_is_refused() -> None:
 
 def test_a_layer_of_another_dtype_is_refused_and_never_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers would be read as those of the first layer's dtype."""
-    monkeypatch.setattr(triton_ops, "_multiply", lambda _way, _x, layers: pytest.fail(f"{len(layers)} were launched"))
+    launches = Launches(monkeypatch)
     layers = [layer for layer, _ in layers_of(ALIKE[:2], "cpu")]
     layers[1].to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"the input is torch.float16, the layer torch.bfloat16"):
         triton_ops.linear_group(torch.randn(1, 611).half(), *group_arguments(layers))
+    assert max(launches.layers, default=1) == 1
