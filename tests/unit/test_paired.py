@@ -83,3 +83,16 @@ def test_while_nothing_is_quantized_the_weight_stays(skeleton: Skeleton) -> None
         weight = skeleton.linears(0)[group.names[0]].weight.data
         target = pairs.moments(0, group, None).moments(0.01).target(weight)
         torch.testing.assert_close(target, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_come_more_often_than_there_are_sequences_are_not_compared(skeleton: Skeleton) -> None:
+    tokens = random_tokens(7, 16)
+    skeleton.load_block(0, torch.float32)
+    pairs = PairedActivations.start(skeleton, tokens, torch.float32)
+    groups = pairs.original.input_groups(0)
+    pairs.run_original(0, groups, [None] * len(groups))
+    again = pairs._inputs[groups[1].names[0]]
+    again.add(torch.full_like(again.rows[:2], 1e3))  # a layer that a block calls twice
+    found = pairs.moments(0, groups[1], None)
+    assert found.moments(0.01).shift is not None
+    assert float(found._cross.abs().max()) == 0.0, "the quantized model's inputs stand for both"

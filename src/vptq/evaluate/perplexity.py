@@ -27,7 +27,8 @@ from vptq.evaluate.remembered import Original, logits_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-POSITIONS_AT_ONCE = 256
+POSITIONS_AT_ONCE = 128
+"""Whose logits are compared at once; see `quantize/head.py`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-POSITIONS_AT_ONCE = 256
+POSITIONS_AT_ONCE = 128
+"""With 256 the logits of a usual vocabulary are tensors of more than 32 MiB, which the C library takes from the system
+anew each time: 5 to 15% slower on a CPU, with gradients and without."""
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

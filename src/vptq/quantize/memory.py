@@ -23,15 +23,15 @@ def peak_memory_bytes() -> int:
 
 
 M_MMAP_THRESHOLD = -3
-LARGE_TENSOR_BYTES = 1 << 20
+LARGE_TENSOR_BYTES = 32 << 20
 
 
 def keep_large_tensors_out_of_the_heap() -> None:
-    """Lets the C library map what is larger than 1 MiB by itself, so that it goes back to the system when it is freed.
+    """Lets the C library map what is larger than 32 MiB by itself, so that it goes back to the system when it is freed.
 
-    Left alone, glibc raises that limit to the largest block freed so far, up to 32 MB, and the heap of a long run fills
-    with gaps: SmolLM2 with 64 sequences grew to 1.67, 1.72 and 1.89 GB in three runs. With the limit, three blocks
-    peaked at 1.26 GB instead of 1.45, and took a tenth longer.
+    Left alone, glibc raises that limit up to there by itself, and what it holds depends on the order of things. Lower
+    limits cost time: what a pass allocates is then made of new pages again and again, which took a fifth of all time
+    at 1 MiB (four blocks of SmolLM2: 130 s and 1.48 GB there, 102 s and 1.59 GB here).
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -22,6 +22,28 @@ PAIRED_TOKENS = 512
 
 
 @dataclass
+class Kept:
+    """A layer's inputs at the beginnings of all sequences.
+
+    One tensor from the start: hundreds of pieces, made between the tensors of a pass, would leave as many gaps.
+
+    Attributes:
+        rows: [sequences, length, n], as far as they have come.
+        count: sequences that have come; more than there are where the layer is called more than once.
+    """
+
+    rows: Tensor
+    count: int = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """The next sequences' [batch, length, n]."""
+        stop = self.count + len(inputs)
+        if stop <= len(self.rows):
+            self.rows[self.count : stop] = inputs
+        self.count = stop
+
+
+@dataclass
 class PairedActivations:
     """Hidden states of both models at the input of the next block.
 
@@ -33,7 +55,7 @@ class PairedActivations:
     original: Activations
     quantized: Activations
     _hessians: dict[str, HessianAccumulator] = field(default_factory=dict)
-    _inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    _inputs: dict[str, Kept] = field(default_factory=dict)
 
     @classmethod
     def start(cls, skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> PairedActivations:
@@ -51,12 +73,14 @@ class PairedActivations:
             groups: of layers.
             weights: for each group, what every token counts [sequences, seqlen], or None.
         """
-        self._inputs = {group.names[0]: [] for group in groups}
-        length = self.quantized.batches[0].shape[1]
+        self._inputs = {}
+        sequences, length = sum(map(len, self.original.batches)), self.quantized.batches[0].shape[1]
 
         def keep(name: str, inputs: Tensor) -> None:
             if inputs.dim() == 3:  # experts get tokens without their places
-                self._inputs[name].append(inputs[:, :length].to("cpu", copy=True))
+                if name not in self._inputs:
+                    self._inputs[name] = Kept(inputs.new_empty(sequences, length, inputs.shape[2], device="cpu"))
+                self._inputs[name].add(inputs[:, :length])
 
         seen = self.original.hessians(index, groups, weights=weights, advance=True, keep=keep)
         self._hessians = {group.names[0]: hessian for group, hessian in zip(groups, seen, strict=True)}
@@ -90,8 +114,8 @@ class PairedActivations:
 
     def _originals(self, name: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
         """What the original gave the layer, for every batch of the quantized model."""
-        kept = self._inputs.pop(name)  # they are a large part of all memory in use
-        if sum(map(len, kept)) != sum(sizes):
+        kept = self._inputs.pop(name, None)  # they are a large part of all memory in use
+        if kept is None or kept.count != len(kept.rows) or kept.count != sum(sizes):
             return [None] * len(sizes)
-        parts: list[Tensor] = list(torch.cat(kept).split(list(sizes)))  # type: ignore[no-untyped-call]
+        parts: list[Tensor] = list(kept.rows.split(list(sizes)))  # type: ignore[no-untyped-call]
         return parts
