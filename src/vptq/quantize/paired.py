@@ -115,7 +115,7 @@ class PairedActivations:
     def _originals(self, name: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
         """What the original gave the layer, for every batch of the quantized model."""
         kept = self._inputs.pop(name, None)  # they are a large part of all memory in use
-        if kept is None or kept.count != len(kept.rows) or kept.count != sum(sizes):
+        if kept is None or kept.count != sum(sizes):
             return [None] * len(sizes)
         parts: list[Tensor] = list(kept.rows.split(list(sizes)))  # type: ignore[no-untyped-call]
         return parts
