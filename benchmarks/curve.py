@@ -66,6 +66,7 @@ class Bench:
     model: str
     data: Path
     work: Path
+    task_dir: Path
 
     def command(self, stage: str, row: Row) -> list[str]:
         """The words after `vptq` of a stage; those of `row`, which is the finetuned one where the stage says so."""
@@ -80,7 +81,7 @@ class Bench:
     def measurement(self, stage: str, folder: str, file: Path) -> list[str]:
         """The words after `vptq` that measure a folder."""
         if stage.startswith("tasks"):
-            tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.data / "zero_shot"), "--limit", "400"]
+            tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.task_dir), "--limit", "400"]
             return ["eval", folder, *tasks, "--json", str(file)]
         texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
         # float32 because it is quicker than bfloat16 on a CPU without AMX; the original's perplexity is 18.51 in both.
@@ -185,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bits against accuracy, before and after finetuning.")
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext-2, calibration, zero_shot")
+    parser.add_argument("--task-dir", type=Path, help="task files by zero_shot/write_yaml.py (default: beside its data)")
     parser.add_argument("--work", type=Path, required=True, help="where folders, figures and logs go")
     parser.add_argument("--bits", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.model, args.data, args.work)
+    bench = Bench(args.model, args.data, args.work, args.task_dir or args.data / "zero_shot")
     for stage in args.stages:
         kind = stage.removesuffix("-finetuned")
         original = args.work / "original.tasks.json"

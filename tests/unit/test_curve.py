@@ -36,7 +36,7 @@ def pretend(curve: dict[str, Any], work: Path, bits: float, finetuned: bool, per
 
 @pytest.mark.parametrize("stage", ["quantize", "eval", "finetune", "eval-finetuned", "tasks", "tasks-finetuned"])
 def test_its_commands_are_options_that_vptq_has(curve: dict[str, Any], stage: str, tmp_path: Path) -> None:
-    bench = curve["Bench"]("MODEL", tmp_path, tmp_path)
+    bench = curve["Bench"]("MODEL", tmp_path, tmp_path, tmp_path)
     name, *words = bench.command(stage, curve["Row"](tmp_path, 2.25, finetuned=stage in ("finetune", "eval-finetuned")))
     command = get_command(app).get_command(None, name)  # type: ignore[attr-defined, arg-type]
     command.make_context(name, list(words), resilient_parsing=False)  # refuses what it does not know
@@ -45,7 +45,7 @@ def test_its_commands_are_options_that_vptq_has(curve: dict[str, Any], stage: st
 def test_what_is_there_is_not_done_again(
     curve: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, ran = curve["Bench"]("MODEL", tmp_path, tmp_path), []
+    bench, ran = curve["Bench"]("MODEL", tmp_path, tmp_path, tmp_path), []
     monkeypatch.setitem(bench.run.__func__.__globals__, "run_vptq", lambda words, log: ran.append(words[0]) or {})
     done, missing = pretend(curve, tmp_path, 2.0, False, 30.0), curve["Row"](tmp_path, 3.0, False)
     for row in (done, missing):

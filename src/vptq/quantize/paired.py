@@ -39,7 +39,7 @@ class Kept:
         """The next sequences' [batch, length, n]."""
         stop = self.count + len(inputs)
         if stop <= len(self.rows):
-            self.rows[self.count : stop] = inputs
+            self.rows[self.count : stop].copy_(inputs)
         self.count = stop
 
 
