@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bits against accuracy, before and after finetuning.")
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext-2, calibration, zero_shot")
-    parser.add_argument("--task-dir", type=Path, help="task files by zero_shot/write_yaml.py (default: beside its data)")
+    parser.add_argument("--task-dir", type=Path, help="where zero_shot/write_yaml.py wrote (default: zero_shot)")
     parser.add_argument("--work", type=Path, required=True, help="where folders, figures and logs go")
     parser.add_argument("--bits", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
