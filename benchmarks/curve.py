@@ -82,7 +82,7 @@ class Bench:
         """The words after `vptq` that measure a folder."""
         if stage.startswith("tasks"):
             tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.task_dir), "--limit", "400"]
-            return ["eval", folder, *tasks, "--json", str(file)]
+            return ["eval", folder, *tasks, "--dtype", "bfloat16", "--json", str(file)]  # twice the speed of float32
         texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
         # float32 because it is quicker than bfloat16 on a CPU without AMX; the original's perplexity is 18.51 in both.
         measure = ["--windows", "20", "--dtype", "float32", "--json", str(file)]
