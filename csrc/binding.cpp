@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
+#include "kernels.h"
 #include "operators.h"
 
 namespace {
@@ -14,6 +15,10 @@ STABLE_TORCH_LIBRARY_IMPL(vptq, CPU, library) {
   library.impl("nearest", TORCH_BOX(&vptq::nearest));
   library.impl("assign_columns", TORCH_BOX(&vptq::assign_columns));
   library.impl("linear", TORCH_BOX(&vptq::linear));
+  vptq::Isa isa;  // elsewhere PyTorch multiplies float32
+  if (vptq::choose_isa(&isa) && vptq::product_kernel_for(isa) != nullptr) {
+    library.impl("add_products", TORCH_BOX(&vptq::add_products));
+  }
 }
 
 PyObject* isa(PyObject*, PyObject*) {

@@ -10,6 +10,7 @@ namespace amx { extern const LookupKernel kLookup; }
 namespace avx2 { extern const Kernels kKernels; }
 namespace avx512 { extern const Kernels kKernels; }
 namespace bytes { extern const LookupKernel kLookup; }
+namespace products { extern const ProductKernel kProducts; }
 #endif
 
 const Kernels& kernels_for(Isa isa) {
@@ -25,6 +26,14 @@ const LookupKernel* byte_kernel_for(Isa isa) {
 #if defined(__x86_64__)
   const bool there = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
   if (isa >= Isa::kAvx512 && there) return &bytes::kLookup;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+const ProductKernel* product_kernel_for(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return &products::kProducts;
 #endif
   (void)isa;
   return nullptr;

@@ -20,6 +20,8 @@ std::tuple<Tensor, Tensor> assign_columns(const Tensor& base, const std::optiona
                                           const std::optional<Tensor>& residual_indices, int64_t beam,
                                           const std::optional<Tensor>& row_weights);
 
+void add_products(const Tensor& sums, const Tensor& left, const Tensor& right, bool upper);
+
 Tensor linear(const Tensor& x, const Tensor& codebook, const Tensor& indices,
               const std::optional<Tensor>& residual_codebook, const std::optional<Tensor>& residual_indices,
               const std::optional<Tensor>& outlier_codebook, const std::optional<Tensor>& outlier_indices,

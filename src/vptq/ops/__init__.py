@@ -1,4 +1,4 @@
-"""The operators: `linear`, `linear_group`, `dequantize`, `nearest` and `assign_columns`, the same on every device.
+"""The operators: `linear`, `linear_group`, `dequantize`, `nearest`, `assign_columns`, `add_products`; on every device.
 
 Each is one `torch.library` schema (`vptq::linear`, ...) with a PyTorch implementation for every device and faster ones
 where a backend has them; see `schemas` for the contract, `backends` for the choice. The functions here give them
@@ -12,10 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vptq.ops import columns, dense, gradients, group, search  # noqa: F401 (register themselves)
+from vptq.ops import columns, dense, gradients, group, products, search  # noqa: F401 (register themselves)
 from vptq.ops.backends import BackendStatus, backends, tell_when_missed
 
-__all__ = ["BackendStatus", "assign_columns", "backends", "dequantize", "linear", "linear_group", "nearest"]
+__all__ = [
+    "BackendStatus",
+    "add_products",
+    "assign_columns",
+    "backends",
+    "dequantize",
+    "linear",
+    "linear_group",
+    "nearest",
+]
 
 tell_when_missed(
     {"linear": dense.linear, "nearest": search.nearest, "assign_columns": columns.assign_columns}
@@ -229,3 +238,18 @@ def assign_columns(
         base, coupling, present, scale, shift, main, residual, indices, residual_indices, beam, row_weights
     )
     return result
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor, *, upper: bool = False) -> None:
+    """sums += left^T right, in place: sums in float32, products of numbers rounded to bfloat16 where that is quicker.
+
+    Args:
+        sums: float32 [n, m], contiguous.
+        left: [N, n], float32 or bfloat16 (PyTorch's code takes any float dtype).
+        right: [N, m], likewise.
+        upper: What lies below the diagonal of the sums may be left out, or not.
+
+    Raises:
+        ConfigError: Shapes do not fit (RuntimeError from the C++ kernel, for dtypes as well).
+    """
+    torch.ops.vptq.add_products.default(sums, left, right, upper)

@@ -35,12 +35,13 @@ LIBRARY.define(
     "Tensor? residual, Tensor(a!) indices, Tensor(b!)? residual_indices, int beam, Tensor? row_weights=None) "
     "-> (Tensor, Tensor)"
 )
+LIBRARY.define("add_products(Tensor(a!) sums, Tensor left, Tensor right, bool upper=False) -> ()")
 
 CODEBOOK_FORMS = ("exact", "int8")
 """What kernels may make of codebooks: nothing, or bytes, where they have a faster way to look those up. An empty form
 leaves it to the environment variable VPTQ_CPU_CODEBOOK, and that to "exact"."""
 
-OPERATORS = ("dequantize", "linear", "linear_group", "nearest", "assign_columns")
+OPERATORS = ("dequantize", "linear", "linear_group", "nearest", "assign_columns", "add_products")
 
 
 def check_input(x: Tensor, codebook: Tensor, in_features: int) -> None:
@@ -116,8 +117,12 @@ def _fake_assign_columns(base: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(base), torch.empty_like(base)
 
 
+def _fake_add_products(sums: Tensor, left: Tensor, right: Tensor, upper: bool = False) -> None:
+    return None
+
+
 _FAKES: tuple[Callable[..., Any], ...] = (
-    *(_fake_dequantize, _fake_linear, _fake_linear_group, _fake_nearest, _fake_assign_columns),
+    *(_fake_dequantize, _fake_linear, _fake_linear_group, _fake_nearest, _fake_assign_columns, _fake_add_products),
 )
 for _name, _fake in zip(OPERATORS, _FAKES, strict=True):
     torch.library.register_fake(f"vptq::{_name}", _fake, lib=LIBRARY)

@@ -157,7 +157,8 @@ class Activations:
             keep: given every input as well, with the name of the first layer of its group.
         """
         linears = self._skeleton.linears(index)
-        accumulators = [HessianAccumulator(group.features, self._skeleton.device) for group in groups]
+        device = self._skeleton.device
+        accumulators = [HessianAccumulator(group.features, device, quick=self._quick) for group in groups]
         last = len(groups) - 1
 
         def accumulate(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:

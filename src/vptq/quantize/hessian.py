@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vptq import ops
 from vptq.errors import CalibrationError
+from vptq.ops import products
+from vptq.quantize import precision
 
 COMMUNITY_TAGS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
@@ -24,9 +27,7 @@ COMMUNITY_TAGS = {
 QUANTIZED_SHARE = 0.2
 """Weight of the quantized model's inputs in `PairedAccumulator` (docs/log.md has what other weights gave)."""
 
-SYMMETRIC_BLOCK = 384
-"""Columns of a Hessian that are added up at once. Of a symmetric sum only the blocks on and above the diagonal are
-computed: 1.4 times the speed at 1536 inputs, 4096 tokens and 2 threads, and near twice where a layer is wide."""
+READ_BY_KERNELS = {torch.float32, torch.bfloat16}
 
 DAMPING_STEPS = 8
 """How often damping is raised tenfold before a layer is given up: from 0.01 of the mean diagonal far past the
@@ -56,21 +57,28 @@ class HessianAccumulator:
     Attributes:
         features: width n of the inputs.
         device: where the sums are.
+        quick: products may be rounded.
         tokens: how many input rows were added.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu", *, quick: bool = False) -> None:
+        """Nothing so far.
+
+        Args:
+            features: width of the inputs.
+            device: where the sums are.
+            quick: products may be rounded (`precision.py`); sums stay float32.
+        """
         self.features = features
         self.device = torch.device(device)
+        self.quick = quick
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Adds inputs [..., n] of any float dtype, each times its weight [...]; products and sums are float32."""
-        rows = weighted(inputs.reshape(-1, self.features).float(), weights)
-        for start in range(0, self.features, SYMMETRIC_BLOCK):
-            stop = start + SYMMETRIC_BLOCK
-            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        """Adds inputs [..., n] of any float dtype, each times its weight [...]."""
+        rows = weighted(inputs.reshape(-1, self.features), weights)
+        add_products(self._sum, rows, rows, quick=self.quick, upper=True)
         self.tokens += len(rows)
 
     def hessian(self) -> Tensor:
@@ -95,7 +103,15 @@ def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Rows [N, n] whose outer products count `weights` [N] times; as they are where the weights are not theirs."""
     if weights is None or weights.numel() != len(rows):
         return rows
-    return rows * weights.reshape(-1, 1).to(rows).sqrt()
+    return rows.float() * weights.reshape(-1, 1).to(rows.device, torch.float32).sqrt()
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor, *, quick: bool, upper: bool = False) -> None:
+    """sums += left^T right; in float32, unless `quick` and where the hardware multiplies bfloat16."""
+    if quick and precision.multiplies_bfloat16(sums.device) and {left.dtype, right.dtype} <= READ_BY_KERNELS:
+        ops.add_products(sums, left, right, upper=upper)
+    else:
+        products.add_products(sums, left, right, upper)
 
 
 class PairedAccumulator:
@@ -114,7 +130,7 @@ class PairedAccumulator:
     def __init__(self, original: HessianAccumulator, share: float = QUANTIZED_SHARE) -> None:
         """Starts with E[x x^T], collected or still to be."""
         self._original = original
-        self._quantized = HessianAccumulator(original.features, original.device)
+        self._quantized = HessianAccumulator(original.features, original.device, quick=original.quick)
         self._cross = torch.zeros(original.features, original.features, dtype=torch.float32, device=original.device)
         self._share = share
 
@@ -125,10 +141,10 @@ class PairedAccumulator:
 
     def add(self, original: Tensor, quantized: Tensor, weights: Tensor | None = None) -> None:
         """Adds inputs [..., n] of the same tokens, any float dtype, each token times its weight [...]."""
-        both = (inputs.reshape(-1, self._original.features).float() for inputs in (original, quantized))
+        both = (inputs.reshape(-1, self._original.features) for inputs in (original, quantized))
         x, y = (weighted(inputs, weights) for inputs in both)
         self._quantized.add(y)
-        self._cross.addmm_((x - y).T, y)
+        add_products(self._cross, x.float() - y.float(), y, quick=self._original.quick)
 
     def moments(self, damping: float) -> Moments:
         """The Hessian, and the shift with `damping` times the mean diagonal added to the Hessian's diagonal.
