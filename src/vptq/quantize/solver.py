@@ -260,7 +260,6 @@ def _optimize(problem: _Problem, factor: Tensor, *, affine: bool) -> None:
         if affine:
             refit_normalization(columns, hessian, segments, problem.dtype)
         decoded = refit_codebooks(columns, hessian, segments, solver.refit_steps, solver.refit_tolerance)
-        problem.record("refit", decoded)
         decoded = descent_sweep(columns, hessian, segments, decoded, solver.beam_for, solver.block_size)
         loss = problem.record("descent", decoded)
         if loss > previous * (1.0 - solver.min_gain):
