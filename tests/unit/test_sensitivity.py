@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from model_zoo import FAMILIES, job_for, tiny
 from torch import nn
 from torch.nn import functional
@@ -12,7 +14,7 @@ from torch.nn import functional
 from vptq.quantize import measurements, sensitivity
 from vptq.quantize.budget import Budget
 from vptq.quantize.job import Job
-from vptq.quantize.sensitivity import Sensitivity, alike_layers, measure, measuring_tokens
+from vptq.quantize.sensitivity import Sensitivity, alike_layers, every_passage_alike, measure, measuring_tokens
 
 
 def ignore(_event: Any) -> None:
@@ -30,7 +32,13 @@ def divergence(model: Any, disturbed: Any, tokens: torch.Tensor) -> float:
     return float(functional.kl_div(q, p, reduction="sum", log_target=True)) / tokens.numel()
 
 
+@pytest.fixture
+def plain_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "every_passage_alike", lambda found: [sum(each) / len(each) for each in found])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("plain_means")
 def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity._Walk, "_solve", lambda _walk, task: disturb(task[1]))
     model = tiny(family)
@@ -49,6 +57,7 @@ def test_a_layer_is_judged_as_in_the_whole_model(family: str, tmp_path: Path, mo
         assert seen.divergence > 1e-6
 
 
+@pytest.mark.usefixtures("plain_means")
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_planned_head_is_judged_as_in_the_whole_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +72,35 @@ def test_a_planned_head_is_judged_as_in_the_whole_model(
     assert seen.layers == ("lm_head",)
     assert seen.divergence == pytest.approx(divergence(tiny(family), disturbed, judged), rel=1e-2)
     assert seen.divergence > 1e-3
+
+
+tables = st.integers(1, 5).flatmap(
+    lambda passages: st.lists(
+        st.lists(st.floats(1e-6, 1e3), min_size=passages, max_size=passages), min_size=1, max_size=9
+    )
+)
+
+
+@given(tables)
+def test_passages_keep_the_sum_of_all_layers(found: list[list[float]]) -> None:
+    expected = sum(sum(each) / len(each) for each in found)
+    assert sum(every_passage_alike(found)) == pytest.approx(expected, rel=1e-9)
+
+
+@given(tables, st.floats(0.01, 100), st.data())
+def test_a_passage_that_hurts_everything_more_moves_no_layer_against_another(
+    found: list[list[float]], factor: float, data: st.DataObject
+) -> None:
+    worse = data.draw(st.integers(0, len(found[0]) - 1))
+    changed = [[each * factor if n == worse else each for n, each in enumerate(layer)] for layer in found]
+    before, after = every_passage_alike(found), every_passage_alike(changed)
+    for one, other in zip(before, after, strict=True):
+        assert other * sum(before) == pytest.approx(one * sum(after), rel=1e-6)
+
+
+def test_a_passage_that_nothing_hurts_counts_nothing() -> None:
+    assert every_passage_alike([[0.0, 0.0], [0.0, 0.0]]) == [0.0, 0.0]
+    assert every_passage_alike([[1.0], [3.0]]) == [1.0, 3.0]
 
 
 def test_nothing_disturbed_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from vptq.quantize.sensitivity import (
 from vptq.quantize.skeleton import Skeleton
 from vptq.source import stamp
 
-VERSION = 2
+VERSION = 3
 """To be raised with every change of what is measured or how."""
 
 

@@ -8,7 +8,10 @@ the error, so one measurement per layer predicts every other spec (`candidates.p
 The model is never in memory as a whole. All the models that differ from the original in one layer walk through the
 blocks together, as hidden states: a block is loaded once, moves on every model disturbed before it, and sets out one
 more for each of its own layers. It takes half a forward pass a layer, and memory for the hidden states of
-JUDGED_TOKENS tokens a layer: SmolLM2 210 x 1.2 MB, a 7B model 224 x 8 MB in float32.
+JUDGED_TOKENS tokens a layer: SmolLM2 210 x 0.6 MB, a 7B model 224 x 4 MB in float32.
+
+What a layer costs differs from passage to passage, by a factor of five at some, so many short ones are judged, and each
+counts alike: no passage that everything hurts decides alone (docs/log.md has how well that holds on other text).
 
 Experts of one block that have the same shape are measured, and later quantized, alike. An output head that a plan
 chooses for is measured last, with the original's own hidden states.
@@ -36,14 +39,13 @@ from vptq.quantize.skeleton import Skeleton, head_of, linears_of
 from vptq.quantize.solver import SolverConfig
 from vptq.reference import dequantize
 
-SEQLEN = 256
-JUDGED_TOKENS = 512
+SEQLEN = 64
+JUDGED_TOKENS = 256
 TOKENS_PER_INPUT = 2
 """Calibration tokens for each input of the widest layer: with fewer than one its Hessian would be singular, and the
 error would hide where these tokens do not look."""
 
 QUICK = SolverConfig(kmeans_iterations=5, residual_rounds=1, refit_rounds=0)
-POSITIONS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Sensitivity:
     Attributes:
         layers: Module paths.
         spec: What they were quantized with.
-        divergence: KL(original || quantized) per token, in nats.
+        divergence: KL(original || quantized) per token, in nats (see `every_passage_alike`).
     """
 
     layers: tuple[str, ...]
@@ -99,16 +101,32 @@ def measure(job: Job, skeleton: Skeleton, progress: ProgressCallback) -> list[Se
         progress(ProgressEvent("measuring layers", index, len(units)))
         walk.through_block(index, block_units)
     progress(ProgressEvent("judging predictions", 0, len(walk.disturbed)))
-    divergences = []
-    for divergence in walk.divergences(judged):
-        divergences.append(divergence)
-        progress(ProgressEvent("judging predictions", len(divergences), len(walk.disturbed)))
+    found = []
+    for divergences in walk.divergences(judged):
+        found.append(divergences)
+        progress(ProgressEvent("judging predictions", len(found), len(walk.disturbed)))
     names = [tuple(unit) for block in units for unit in block]
     if job.lm_head is not None:
         path, _ = head_of(skeleton.model)
         names.append((path,))
-        divergences.append(walk.head_divergence(judged))
-    return [Sensitivity(*measured) for measured in zip(names, walk.specs, divergences, strict=True)]
+        found.append(walk.head_divergences(judged))
+    return [Sensitivity(*seen) for seen in zip(names, walk.specs, every_passage_alike(found), strict=True)]
+
+
+def every_passage_alike(found: Sequence[Sequence[float]]) -> list[float]:
+    """One figure a layer from its divergences on several passages: its mean share of what all layers cost there.
+
+    Args:
+        found: for each layer its divergence on every passage.
+
+    Returns:
+        Figures with the same sum as the layers' means over passages.
+    """
+    table = torch.tensor(found, dtype=torch.float64)
+    totals = table.sum(0)
+    shares = table / totals.clamp(min=torch.finfo(torch.float64).tiny)
+    figures: list[float] = (shares.mean(1) * totals.mean()).tolist()
+    return figures
 
 
 class _Walk:
@@ -138,16 +156,16 @@ class _Walk:
         self._original.run_block(index, advance=True)
         self._skeleton.unload_block(index)
 
-    def divergences(self, judged: Tensor) -> Iterator[float]:
-        """For each disturbed model KL(original || disturbed) per token."""
+    def divergences(self, judged: Tensor) -> Iterator[list[float]]:
+        """For each disturbed model KL(original || disturbed) per token of every passage."""
         streams = (torch.cat(stream.batches) for stream in (self._original, *self.disturbed))
         logits = self._skeleton.logits(judged, streams, self._job.compute_dtype)
         original = next(logits)
         for disturbed in logits:
-            yield _divergence(original, disturbed)
+            yield _divergences(original, disturbed)
 
-    def head_divergence(self, judged: Tensor) -> float:
-        """KL(original || quantized) per token where the output head alone is quantized."""
+    def head_divergences(self, judged: Tensor) -> list[float]:
+        """The same where the output head alone is quantized."""
         skeleton, job = self._skeleton, self._job
         path, head = head_of(skeleton.model)
         seen = HessianAccumulator(head.in_features, job.device)
@@ -158,7 +176,7 @@ class _Walk:
         weight = skeleton.files.load(f"{path}.weight")
         head.weight = nn.Parameter(self._solve((path, weight, head, seen.hessian())), requires_grad=False)
         (disturbed,) = skeleton.logits(judged, [torch.cat(self._original.batches)], job.compute_dtype)
-        return _divergence(original, disturbed)
+        return _divergences(original, disturbed)
 
     def _quantize(self, index: int, units: Sequence[Mapping[str, nn.Linear]]) -> dict[str, Tensor]:
         """Quick quantizations of the block's layers with their reference specs; path in the model -> weight."""
@@ -199,10 +217,10 @@ class _Walk:
 
 
 @torch.no_grad()
-def _divergence(original: Tensor, disturbed: Tensor) -> float:
-    """KL(original || disturbed) of logits [batch, seqlen, vocabulary], the mean over tokens, in nats."""
-    pairs = zip(*(logits.flatten(0, 1).split(POSITIONS_AT_ONCE) for logits in (original, disturbed)), strict=True)  # type: ignore[no-untyped-call]
-    divergence = sum(float(divergence_of(p, q)) for p, q in pairs) / original.shape[:2].numel()
-    if not divergence < float("inf"):
+def _divergences(original: Tensor, disturbed: Tensor) -> list[float]:
+    """KL(original || disturbed) of logits [passages, seqlen, vocabulary]: for each passage the mean over its tokens."""
+    pairs = zip(original, disturbed, strict=True)  # a passage at a time: its logits are as much as caches hold
+    found = [float(divergence_of(p, q)) / len(p) for p, q in pairs]
+    if not sum(found) < float("inf"):
         raise CalibrationError("the model's predictions are not finite on the calibration text; try another text")
-    return max(divergence, 0.0)
+    return [max(divergence, 0.0) for divergence in found]
