@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vptq.progress import ProgressCallback, ProgressEvent
 from vptq.quantize.hessian import HessianAccumulator
 from vptq.quantize.precision import quick_products
+from vptq.quantize.settled import SettledParts
 from vptq.quantize.skeleton import BlockCall, Skeleton, Stop
 
 TOKENS_PER_BATCH = 4096
@@ -58,6 +59,7 @@ class Activations:
         self._skeleton, self._dtype, self._quick = skeleton, dtype, quick and dtype == torch.float32
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        self._settled = SettledParts()
         self._calls: dict[int, list[BlockCall]] = {}
         for batch in {len(batch): batch for batch in token_batches}.values():
             self._calls[len(batch)] = skeleton.block_calls(batch, dtype)
@@ -71,6 +73,7 @@ class Activations:
     def fork(self) -> Activations:
         """The same hidden states once more, to go another way from here."""
         other = copy.copy(self)
+        other._settled = SettledParts()
         states = torch.cat(self.batches)
         other.batches = list(states.split([len(batch) for batch in self.batches]))  # type: ignore[no-untyped-call]
         return other
@@ -109,13 +112,23 @@ class Activations:
             visit: called with the number of batches done after each.
             advance: replace the hidden states by the block's outputs.
         """
-        block = self._skeleton.blocks[index]
         for position, batch in enumerate(self.batches):
-            output = self._run(block, index, batch)
+            output = self._run(index, position)
             if advance and output is not None:
                 batch.copy_(output)  # in place: new tensors for every block would tear the heap to pieces
             if visit is not None:
                 visit(position + 1)
+        if advance:
+            self._settled.clear()
+
+    def settle(self, index: int, names: Iterable[str]) -> None:
+        """Linear layers `names` of block `index`, and all that run before them, stay as they are until it is left
+        behind or `unsettle`: passes need not compute again what they put out."""
+        self._settled.add(names, self._skeleton.linears(index))
+
+    def unsettle(self) -> None:
+        """The block has changed after all."""
+        self._settled.clear()
 
     def input_groups(self, index: int) -> list[InputGroup]:
         """Which linear layers of block `index` share an input, in the order they run; found with the first batch."""
@@ -131,7 +144,7 @@ class Activations:
             return hook
 
         with _hooks(linear.register_forward_pre_hook(notice(name)) for name, linear in linears.items()):
-            self._run(self._skeleton.blocks[index], index, self.batches[0])
+            self._run(index, 0)
         grouped = [tuple(dict.fromkeys(names)) for names in seen.values()]
         missed = [(name,) for name in linears if not any(name in group for group in grouped)]
         return [InputGroup(names, linears[names[0]].in_features) for names in grouped + missed]
@@ -192,11 +205,11 @@ class Activations:
             seen = args[0]
             raise Stop
 
-        block = self._skeleton.blocks[index]
-        with _hooks([block.get_submodule(name).register_forward_pre_hook(hook)]):
-            for batch in self.batches:
+        layer = self._skeleton.blocks[index].get_submodule(name)
+        with _hooks([layer.register_forward_pre_hook(hook)]):
+            for position in range(len(self.batches)):
                 seen = None
-                self._run(block, index, batch)
+                self._run(index, position)
                 yield seen
 
     def call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
@@ -205,11 +218,12 @@ class Activations:
         with quick_products(device) if self._quick else nullcontext():
             return first_tensor(block(hidden.to(device), *call.args, **call.kwargs))
 
-    def _run(self, block: nn.Module, index: int, batch: Tensor) -> Tensor | None:
-        """The same without gradients; None where a hook has stopped it."""
+    def _run(self, index: int, position: int) -> Tensor | None:
+        """What the block makes of a batch, without gradients; None where a hook has stopped it."""
+        block = self._skeleton.blocks[index]
         try:
-            with torch.no_grad():
-                return self.call(block, index, batch)
+            with torch.no_grad(), self._settled.reused(block, position):
+                return self.call(block, index, self.batches[position])
         except Stop:
             return None
 

@@ -139,6 +139,7 @@ class BlockSolver:
         for group, counts in zip(groups, weights, strict=True):
             moments = self._moments(index, group, pairs.moments(index, group, counts))
             solved |= self._solve_groups(index, [(group, moments)])
+            pairs.quantized.settle(index, group.names)
         return solved
 
     def _tune(self, activations: Activations, index: int, solved: Solved, before: nn.Module) -> TunedBlock:
@@ -154,6 +155,8 @@ class BlockSolver:
             solved[path] = report, {**tensors, **tuned.layers[path.removeprefix(prefix)]}
         others = {f"{prefix}{name}": tensor for name, tensor in tuned.others.items()}
         self._take_over(index, {path: (configs[path], tensors) for path, (_, tensors) in solved.items()}, others)
+        if self.pairs is not None:
+            self.pairs.quantized.unsettle()
         message = f"block {index}: error of its output {tuned.before:.3%} before training, {tuned.after:.3%} after"
         self.progress(ProgressEvent("training blocks", index + 1, len(self.skeleton.blocks), message=message))
         return dataclasses.replace(tuned, others=others)
