@@ -101,6 +101,26 @@ def test_linears_that_read_the_same_input_are_grouped(family: str, groups: list[
     assert all(linears[name].in_features == group.features for group in found for name in group.names)
 
 
+@pytest.mark.parametrize("reached", ["by a few tokens", "by a whole batch"])
+def test_a_few_tokens_show_what_is_grouped_unless_they_miss_a_layer(
+    reached: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vptq.quantize.activations.GLANCE_TOKENS", 3)
+    _, skeleton = taken_apart("llama", tmp_path)
+    activations = Activations(skeleton, random_tokens(4, 8), torch.float32)
+    mlp = skeleton.load_block(0, torch.float32).get_submodule("mlp")
+    run, shapes = mlp.forward, []
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(inputs.shape[:2]))
+        return inputs if reached == "by a whole batch" and len(inputs) == 1 else run(inputs)
+
+    mlp.forward = forward  # type: ignore[method-assign]
+    groups = [set(group.names) for group in activations.input_groups(0)]
+    assert groups[-2:] == [{"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}]
+    assert shapes == ([(1, 3)] if reached == "by a few tokens" else [(1, 3), (4, 8)])
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_hessians_are_the_second_moments_of_the_inputs(together: bool, tmp_path: Path) -> None:
     """In one pass for all groups, and in a pass for each that stops as soon as the group's inputs are seen."""

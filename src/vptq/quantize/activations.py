@@ -28,6 +28,9 @@ TOKENS_PER_BATCH = 4096
 """Tokens in flight: enough for full-speed matrix products, few enough that attention scores stay small beside the
 rest."""
 
+GLANCE_TOKENS = 64
+"""Of one sequence, to see which layers share an input."""
+
 MAX_SEQUENTIAL_GROUPS = 8
 """A block of more input groups than this (experts, each with inputs of its own) gets all its Hessians in one pass."""
 
@@ -60,9 +63,10 @@ class Activations:
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         token_batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._settled = SettledParts()
-        self._calls: dict[int, list[BlockCall]] = {}
-        for batch in {len(batch): batch for batch in token_batches}.values():
-            self._calls[len(batch)] = skeleton.block_calls(batch, dtype)
+        self._calls: dict[torch.Size, list[BlockCall]] = {}
+        for batch in (*token_batches, tokens[:1, :GLANCE_TOKENS]):
+            if batch.shape not in self._calls:
+                self._calls[batch.shape] = skeleton.block_calls(batch, dtype)
         hidden = skeleton.embed(token_batches, dtype)
         first = next(hidden)
         states = torch.empty(*tokens.shape, first.shape[-1], dtype=dtype)
@@ -131,9 +135,18 @@ class Activations:
         self._settled.clear()
 
     def input_groups(self, index: int) -> list[InputGroup]:
-        """Which linear layers of block `index` share an input, in the order they run; found with the first batch."""
+        """Which linear layers of block `index` share an input, in the order they run; found with a few tokens, or with
+        the first batch where those do not reach all layers (experts)."""
+        linears, batch = self._skeleton.linears(index), self.batches[0]
+        grouped = self._sharing(index, batch[:1, :GLANCE_TOKENS])
+        if len(linears) > len(set().union(*grouped)):
+            grouped = self._sharing(index, batch)
+        missed = [(name,) for name in linears if not any(name in group for group in grouped)]
+        return [InputGroup(names, linears[names[0]].in_features) for names in grouped + missed]
+
+    def _sharing(self, index: int, hidden: Tensor) -> list[tuple[str, ...]]:
+        """The linear layers that are called with the same tensor while block `index` runs over `hidden`."""
         seen: dict[tuple[int, torch.Size, int], list[str]] = {}
-        linears = self._skeleton.linears(index)
         alive: list[Tensor] = []  # an input kept alive cannot lend its address to a later one
 
         def notice(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -143,11 +156,10 @@ class Activations:
 
             return hook
 
-        with _hooks(linear.register_forward_pre_hook(notice(name)) for name, linear in linears.items()):
-            self._run(index, 0)
-        grouped = [tuple(dict.fromkeys(names)) for names in seen.values()]
-        missed = [(name,) for name in linears if not any(name in group for group in grouped)]
-        return [InputGroup(names, linears[names[0]].in_features) for names in grouped + missed]
+        noticed = (linear.register_forward_pre_hook(notice(n)) for n, linear in self._skeleton.linears(index).items())
+        with _hooks(noticed), torch.no_grad():
+            self.call(self._skeleton.blocks[index], index, hidden)
+        return [tuple(dict.fromkeys(names)) for names in seen.values()]
 
     def hessians(
         self,
@@ -214,7 +226,7 @@ class Activations:
 
     def call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The hidden states that `block` makes of `hidden` when it is called as block `index` is."""
-        call, device = self._calls[len(hidden)][index], self._skeleton.device
+        call, device = self._calls[hidden.shape[:2]][index], self._skeleton.device
         with quick_products(device) if self._quick else nullcontext():
             return first_tensor(block(hidden.to(device), *call.args, **call.kwargs))
 
