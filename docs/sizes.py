@@ -3,6 +3,7 @@
     <!-- sizes files -->    gigabytes of the weight files of a model at so many index bits
     <!-- sizes memory -->   the widest spec that a memory holds
     <!-- sizes specs -->    each spec's true bits, beside its loss and its speed from benchmarks/results
+    <!-- sizes plans -->    what budgets gave the layers of a model, from benchmarks/results/curve.json
 
 Bytes are those that the program would store: the layers' are counted by `LayerConfig.stored_bits`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +110,7 @@ SHAPES = (
 
 def render(name: str) -> str:
     """The table behind the marker `<!-- sizes NAME -->`."""
-    return table({"files": _files, "memory": _memory, "specs": _specs}[name]())
+    return table({"files": _files, "memory": _memory, "specs": _specs, "plans": _plans}[name]())
 
 
 def _files() -> Iterator[list[str]]:
@@ -150,6 +152,25 @@ def _specs() -> Iterator[list[str]]:
         speeds = [f"{fast['tokens_per_second']:.2f}", f"{fast['times_dense']:.2f}"] if fast else ["-", "-"]
         large = _stored_bits(spec, 4096, 4096) / 4096**2
         yield [f"`{name}`", f"{spec.index_bits_per_weight:.3g}", f"{large:.2f}", small, *perplexities, *speeds]
+
+
+def _plans() -> Iterator[list[str]]:
+    lengths = (8, 6, 4)
+    yield ["budget", *(f"v{length}, two codebooks" for length in lengths), "one codebook", "commonest"]
+    for row in _rows("curve"):
+        if row["finetune"] != "none":
+            continue
+        layers: Counter[str] = Counter()
+        for entry in row["specs"].split(", "):
+            count, spec = entry.split(" x ")
+            layers[spec] += int(count)
+        two: Counter[int] = Counter()
+        for spec, count in layers.items():
+            if QuantSpec.parse(spec).num_residual_centroids:
+                two[QuantSpec.parse(spec).vector_len] += count
+        kinds = [*(two[length] for length in lengths), layers.total() - two.total()]
+        commonest = ", ".join(f"`{spec}`" for spec, _ in layers.most_common(3))
+        yield [f"{row['wanted']:.2f}", *(f"{count / layers.total():.0%}" for count in kinds), commonest]
 
 
 def _perplexity(runs: list[dict[str, Any]], inputs: str, finetune: str) -> str:
