@@ -30,16 +30,17 @@ def options(words: list[str]) -> dict[str, Any]:
     return dict(command.make_context(name, list(rest), resilient_parsing=False).params)
 
 
-def test_each_knob_changes_one_option(knobs: dict[str, Any], tmp_path: Path) -> None:
-    usual = options(knobs["quantize_words"]("MODEL", tmp_path, tmp_path / "out", "nothing"))
+def test_each_row_is_one_option_away_from_one_before_it(knobs: dict[str, Any], tmp_path: Path) -> None:
+    usual, *rows = [
+        options(knobs["quantize_words"]("MODEL", tmp_path, tmp_path / "out", knob)) for knob in knobs["KNOBS"]
+    ]
     assert usual["calibration"] == str(tmp_path / "wikitext-2" / "valid.txt")
-    seen = []
-    for knob in list(knobs["KNOBS"])[1:]:
-        turned = options(knobs["quantize_words"]("MODEL", tmp_path, tmp_path / "out", knob))
-        changed = {name: value for name, value in turned.items() if value != usual[name]}
-        assert len(changed) == 1, f"{knob}: {changed}"
-        seen.append(str(changed))
-    assert len(set(seen)) == len(seen), "two rows are the same run"
+    before = [usual]
+    for knob, row in zip(list(knobs["KNOBS"])[1:], rows, strict=True):
+        changes = [[name for name in row if row[name] != other[name]] for other in before]
+        assert all(changes), f"{knob} is the same run as another row"
+        assert 1 in map(len, changes), f"{knob}: {changes[0]}"
+        before.append(row)
 
 
 def test_texts_are_those_of_the_data_folder(knobs: dict[str, Any], tmp_path: Path) -> None:
