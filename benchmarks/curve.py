@@ -28,7 +28,19 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "curve.json"
 PICTURE = ROOT / "docs" / "accuracy.png"
 BUDGETS = (2.25, 2.0, 2.5, 3.0, 3.5, 1.5, 1.75, 2.75, 3.25)
-STAGES = ("quantize", "eval", "finetune", "eval-finetuned", "tasks", "tasks-finetuned")
+STAGES = {
+    "quantize": ("quantize", "none"),
+    "eval": ("eval", "none"),
+    "finetune": ("finetune", "e2e"),
+    "eval-finetuned": ("eval", "e2e"),
+    "tasks": ("tasks", "none"),
+    "tasks-finetuned": ("tasks", "e2e"),
+    "both": ("quantize", "both"),
+    "eval-both": ("eval", "both"),
+}
+"""Name -> what is done, and to which rows by their finetuning."""
+SUFFIXES = {"none": "", "e2e": "-finetuned", "both": "-both"}
+"""Finetuning -> how the folders of its rows end."""
 TEXTS = {"test": "wikitext-2/test.txt", "c4": "calibration/c4_eval.txt", "wiki": "calibration/wiki_eval.txt"}
 TASKS = ("hellaswag_local", "piqa_local", "arc_easy_local", "winogrande_local")
 
@@ -43,16 +55,16 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One folder of the curve: a budget, before or after finetuning."""
+    """One folder of the curve: a budget, and what was finetuned (a key of `SUFFIXES`)."""
 
     work: Path
     bits: float
-    finetuned: bool
+    finetune: str = "none"
 
     @property
     def folder(self) -> Path:
         """The quantized model."""
-        return self.work / (f"{self.bits:g}" + ("-finetuned" if self.finetuned else ""))
+        return self.work / f"{self.bits:g}{SUFFIXES[self.finetune]}"
 
     def file(self, kind: str) -> Path:
         """What a command has measured of it."""
@@ -68,19 +80,19 @@ class Bench:
     work: Path
     task_dir: Path
 
-    def command(self, stage: str, row: Row) -> list[str]:
-        """The words after `vptq` of a stage; those of `row`, which is the finetuned one where the stage says so."""
+    def command(self, step: str, row: Row) -> list[str]:
+        """The words after `vptq` that quantize, finetune or measure `row`."""
         text = ["--calibration", str(self.data / "wikitext-2" / "valid.txt"), "--sequences", "64"]
-        if stage == "quantize":
-            return ["quantize", self.model, "-o", str(row.folder), "--bits", f"{row.bits:g}", *text]
-        if stage == "finetune":
-            untrained = Row(row.work, row.bits, finetuned=False).folder
-            return ["finetune", str(untrained), self.model, "-o", str(row.folder), *text]
-        return self.measurement(stage, str(row.folder), row.file(stage.removesuffix("-finetuned")))
+        if step == "quantize":
+            training = ["--finetune", row.finetune] if row.finetune != "none" else []
+            return ["quantize", self.model, "-o", str(row.folder), "--bits", f"{row.bits:g}", *text, *training]
+        if step == "finetune":
+            return ["finetune", str(Row(row.work, row.bits).folder), self.model, "-o", str(row.folder), *text]
+        return self.measurement(step, str(row.folder), row.file(step))
 
-    def measurement(self, stage: str, folder: str, file: Path) -> list[str]:
-        """The words after `vptq` that measure a folder."""
-        if stage.startswith("tasks"):
+    def measurement(self, step: str, folder: str, file: Path) -> list[str]:
+        """The words after `vptq` that measure a folder: on texts ("eval"), or by zero-shot tasks ("tasks")."""
+        if step == "tasks":
             tasks = ["--tasks", ",".join(TASKS), "--task-dir", str(self.task_dir), "--limit", "400"]
             return ["eval", folder, *tasks, "--dtype", "bfloat16", "--json", str(file)]  # twice the speed of float32
         texts = [word for name in TEXTS.values() for word in ("--text", str(self.data / name))]
@@ -88,17 +100,17 @@ class Bench:
         measure = ["--windows", "20", "--dtype", "float32", "--json", str(file)]
         return ["eval", folder, "--reference", self.model, "--remember", *texts, *measure]
 
-    def run(self, stage: str, row: Row) -> None:
-        """Does a stage of a row, unless that is done or what it starts from is missing."""
-        makes = row.folder if stage in ("quantize", "finetune") else row.file(stage.removesuffix("-finetuned"))
-        needs = Row(row.work, row.bits, finetuned=False).folder if stage == "finetune" else row.folder
-        if makes.exists() or (stage != "quantize" and not needs.exists()):
+    def run(self, step: str, row: Row) -> None:
+        """Does a step of a row, unless that is done or what it starts from is missing."""
+        makes = row.folder if step in ("quantize", "finetune") else row.file(step)
+        needs = Row(row.work, row.bits).folder if step == "finetune" else row.folder
+        if makes.exists() or (step != "quantize" and not needs.exists()):
             return
-        words = self.command(stage, row)
+        words = self.command(step, row)
         resumed = makes.with_name(f"{makes.name}.work").exists()
         print(shlex.join(["vptq", *words]), flush=True)
         cost = run_vptq([*words, "--resume"] if resumed else words, self.work / f"{makes.name}.log")
-        if stage in ("quantize", "finetune"):
+        if step in ("quantize", "finetune"):
             write_json(row.file("cost"), cost if not resumed else {**cost, "minutes": None, "processor_minutes": None})
 
 
@@ -125,16 +137,15 @@ def collect(work: Path, known: list[dict[str, Any]] | None = None) -> list[dict[
     original = {**before.get((None, None), {}), "finetune": None, **measured(None, work / "original.tasks.json")}
     rows: list[dict[str, Any]] = [original]
     for bits in sorted(BUDGETS):
-        for finetuned in (False, True):
-            row = Row(work, bits, finetuned)
+        for finetune in SUFFIXES:
+            row = Row(work, bits, finetune)
             if not row.file("eval").exists():
-                rows += filter(None, [before.get((bits, "e2e" if finetuned else "none"))])
+                rows += filter(None, [before.get((bits, finetune))])
                 continue
             stored = json.loads((row.folder / "report.json").read_text())
             facts = {"wanted": bits, "bits_per_weight": stored["bits_per_weight"], "specs": stored["spec"]}
             cost = json.loads(row.file("cost").read_text()) if row.file("cost").exists() else {}
-            kind = {"finetune": "e2e" if finetuned else "none"}
-            rows.append({**facts, **kind, **cost, **measured(row.file("eval"), row.file("tasks"))})
+            rows.append({**facts, "finetune": finetune, **cost, **measured(row.file("eval"), row.file("tasks"))})
             rows[0] |= {key: rows[-1].pop(f"original_{key}") for key in [f"{name}_perplexity" for name in TEXTS]}
     return rows
 
@@ -157,7 +168,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    kinds = {"none": ("vptq, no finetuning", "o-", "tab:blue"), "e2e": ("vptq, finetuned", "o-", "tab:green")}
+    kinds = {
+        "none": ("vptq, no finetuning", "o-", "tab:blue"),
+        "e2e": ("vptq, finetuned", "o-", "tab:green"),
+        "both": ("vptq, blocks finetuned too", "D", "tab:purple"),
+    }
     for kind, (label, style, color) in kinds.items():
         ours = [row for row in rows if row["finetune"] == kind]
         if not ours:
@@ -189,19 +204,19 @@ def main() -> None:
     parser.add_argument("--task-dir", type=Path, help="where zero_shot/write_yaml.py wrote (default: zero_shot)")
     parser.add_argument("--work", type=Path, required=True, help="where folders, figures and logs go")
     parser.add_argument("--bits", type=float, nargs="*", default=list(BUDGETS))
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
+    usual = [stage for stage, (_, finetune) in STAGES.items() if finetune != "both"]  # an hour a row, on top of hours
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=usual)
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.data, args.work, args.task_dir or args.data / "zero_shot")
-    for stage in args.stages:
-        kind = stage.removesuffix("-finetuned")
+    for step, finetune in map(STAGES.__getitem__, args.stages):
         original = args.work / "original.tasks.json"
-        if stage == "tasks" and not original.exists():
-            run_vptq(bench.measurement(stage, args.model, original), args.work / "original.log")
+        if step == "tasks" and not original.exists():
+            run_vptq(bench.measurement(step, args.model, original), args.work / "original.log")
         for bits in args.bits:
-            bench.run(stage, Row(args.work, bits, finetuned=stage == "finetune" or stage != kind))
+            bench.run(step, Row(args.work, bits, finetune))
     known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
     rows = collect(args.work, known)
     write_json(args.json, {"benchmark": "curve", "rows": rows})
