@@ -45,12 +45,23 @@ TEXTS = {"test": "wikitext-2/test.txt", "c4": "calibration/c4_eval.txt", "wiki":
 TASKS = ("hellaswag_local", "piqa_local", "arc_easy_local", "winogrande_local")
 
 PEERS = {
-    "llama.cpp IQ": [(2.09, 175), (2.31, 134), (2.33, 80.8), (2.56, 77.9), (2.69, 48.4), (3.06, 31.3), (3.44, 25.5)],
-    "llama.cpp K": [(2.63, 57.2), (2.93, 35.5), (3.44, 25.7)],
-    "published VPTQ": [(2.08, 47.9), (2.20, 68.3)],
-    "GPTQ, group 128": [(3.18, 61.7)],
+    "llama.cpp IQ": {
+        "IQ2_XXS, mixed": (2.09, 175),
+        "IQ2_XS": (2.31, 134),
+        "IQ2_XS, mixed": (2.33, 80.8),
+        "IQ2_S": (2.56, 77.9),
+        "IQ2_M, mixed": (2.69, 48.4),
+        "IQ3_XXS": (3.06, 31.3),
+        "IQ3_S": (3.44, 25.5),
+    },
+    "llama.cpp K": {"Q2_K": (2.63, 57.2), "Q2_K, mixed": (2.93, 35.5), "Q3_K": (3.44, 25.7)},
+    "published VPTQ": {"v4-k256, without its normalization": (2.08, 47.9), "v8-k256-256": (2.20, 68.3)},
+    "GPTQ": {"3 bits, groups of 128": (3.18, 61.7)},
 }
-"""Perplexity at true bits of the same layers, on the same 20 windows; issue 4 says which format each one is."""
+"""Who -> format -> (true bits, perplexity) of the same layers on the same 20 windows.
+
+The project was given these; this file does not measure them.
+"""
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,21 @@ def measured(texts: Path | None, tasks: Path) -> dict[str, Any]:
     return found
 
 
+def beside_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each peer, and our largest row that is no larger."""
+    found = []
+    for who, formats in PEERS.items():
+        for name, (bits, perplexity) in formats.items():
+            row: dict[str, Any] = {"peer": f"{who}: {name}", "bits_per_weight": bits, "perplexity": perplexity}
+            for kind, key in (("none", "ours"), ("e2e", "ours_finetuned")):
+                smaller = [ours for ours in rows if ours["finetune"] == kind and ours["bits_per_weight"] <= bits]
+                if smaller:
+                    best = max(smaller, key=lambda ours: float(ours["bits_per_weight"]))
+                    row |= {f"{key}_bits": best["bits_per_weight"], key: best["test_perplexity"]}
+            found.append(row)
+    return sorted(found, key=lambda row: float(row["bits_per_weight"]))
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity and divergence against true bits, peers on the same axes."""
     import matplotlib.pyplot as plt
@@ -182,7 +208,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         bits = [row["bits_per_weight"] for row in ours]
         right.plot(bits, [row["c4_divergence"] for row in ours], "s:", color=color, label=f"{label}, web text")
     for (label, points), marker in zip(PEERS.items(), "v^xd", strict=True):
-        left.plot(*zip(*points, strict=True), marker, color="0.45", label=label)
+        left.plot(*zip(*points.values(), strict=True), marker, color="0.45", label=label)
     if "test_perplexity" in rows[0]:
         left.axhline(rows[0]["test_perplexity"], color="black", linewidth=0.8, linestyle="--", label="the original")
     left.set(yscale="log", ylabel="perplexity, WikiText-2 test", yticks=[20, 30, 50, 100, 170])
@@ -219,7 +245,7 @@ def main() -> None:
             bench.run(step, Row(args.work, bits, finetune))
     known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
     rows = collect(args.work, known)
-    write_json(args.json, {"benchmark": "curve", "rows": rows})
+    write_json(args.json, {"benchmark": "curve", "rows": rows, "peers": beside_peers(rows)})
     draw(rows, args.picture)
     print(json.dumps({"benchmark": "curve", "rows": len(rows)}))
 

@@ -86,6 +86,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("processor minutes", "processor_minutes", "{:.0f}"),
         Column("peak GB", "peak_gb", "{:.2f}"),
     ),
+    "curve peers": (
+        Column("peer", "peer"),
+        Column("true bits", "bits_per_weight", "{:.2f}"),
+        Column("perplexity", "perplexity", "{:.1f}"),
+        Column("ours at bits", "ours_bits", "{:.2f}"),
+        Column("no finetuning", "ours", "{:.1f}"),
+        Column("finetuned", "ours_finetuned", "{:.1f}"),
+    ),
     "knobs": (
         Column("changed", "knob"),
         Column("true bits", "bits_per_weight", "{:.2f}"),
@@ -165,14 +173,15 @@ TABLES: dict[str, tuple[Column, ...]] = {
 
 
 def render(name: str) -> str:
-    """The Markdown table of benchmarks/results/NAME.json, or the tables of a GPU."""
+    """The Markdown table of benchmarks/results/NAME.json ("NAME KEY" for another list than "rows"), or of a GPU."""
     if name.startswith("gpu_"):
         return str(gpu_tables().render(name.removeprefix("gpu_")))
-    path = RESULTS / f"{name}.json"
+    file, _, key = name.partition(" ")
+    path = RESULTS / f"{file}.json"
     if not path.exists():
         return f"(`{path.relative_to(ROOT)}` has not been measured yet.)"
     columns = TABLES[name]
-    rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())["rows"]]
+    rows = [[column.cell(row) for column in columns] for row in json.loads(path.read_text())[key or "rows"]]
     return table([[column.heading for column in columns], *rows])
 
 

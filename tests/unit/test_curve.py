@@ -79,6 +79,10 @@ def test_rows_hold_what_was_measured_and_are_drawn(curve: dict[str, Any], tmp_pa
     row = rows[2]
     assert (row["test_perplexity"], row["c4_perplexity"], row["wiki_divergence"]) == (25.0, 26.0, 2.5)
     assert (row["bits_per_weight"], row["minutes"], row["piqa"]) == (1.99, 12.5, 0.6)
+    peers = {peer["peer"]: peer for peer in curve["beside_peers"](rows)}
+    assert peers["llama.cpp IQ: IQ2_XXS, mixed"]["ours"] == 30.0
+    peer = peers["llama.cpp IQ: IQ3_XXS"]
+    assert (peer["ours_bits"], peer["ours"], peer["ours_finetuned"]) == (2.99, 22.0, 25.0), "each kind by itself"
     curve["draw"](rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
